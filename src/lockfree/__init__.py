@@ -1,0 +1,34 @@
+"""Train neural networks without the locks of backpropagation.
+
+`convert` turns any PyTorch model and a rule into a learner; `Trainer` runs it over data.
+"""
+
+from lockfree import rules
+from lockfree.chain import Block, Chain
+from lockfree.cut import CannotCutError
+from lockfree.learner import Learner, StepResult, convert
+from lockfree.link import Link
+from lockfree.objective import Diverged
+from lockfree.rule import Card, Context, Needs, Place, Rule, Site
+from lockfree.schedule import Action, Kind, Schedule
+
+__all__ = [
+    "Action",
+    "Block",
+    "CannotCutError",
+    "Card",
+    "Chain",
+    "Context",
+    "Diverged",
+    "Kind",
+    "Learner",
+    "Link",
+    "Needs",
+    "Place",
+    "Rule",
+    "Schedule",
+    "Site",
+    "StepResult",
+    "convert",
+    "rules",
+]

@@ -1,0 +1,74 @@
+"""The reference: one action after the other, in one process."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lockfree.cell import Cell
+from lockfree.executors.base import Assembly, Executor, Outcome
+from lockfree.objective import Diverged, is_finite
+from lockfree.rule import Needs
+from lockfree.schedule import Action, Kind
+from lockfree.values import Credit
+
+
+class Sequential(Executor):
+    """Runs the actions in the order in which they are listed."""
+
+    def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
+        outcome = Outcome()
+        for index, kind, batch in actions:
+            cell, flight = assembly.cells[index], assembly.flights[batch]
+            if kind is Kind.FORWARD:
+                _forward(assembly, cell, batch, outcome)
+            elif kind is Kind.LEARN:
+                message = cell.learn(batch, *_credit_for(assembly, cell, cell.needs, batch))
+                if cell.reports:
+                    assembly.links[index - 1].send(batch, message)
+            else:
+                loss = cell.learn_auxiliary(batch, *_credit_for(assembly, cell, cell.auxiliary_needs, batch))
+                if loss is not None:
+                    outcome.auxiliary[index, batch] = loss
+            flight.remaining -= 1
+            if not flight.remaining:
+                del assembly.flights[batch]
+        return outcome
+
+
+def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
+    flight, index = assembly.flights[batch], cell.place.index
+    inputs = assembly.links[index - 1].take(batch) if index else flight.inputs
+    flight.inputs = None if not index else flight.inputs
+    outputs = cell.forward(batch, inputs, flight.target)
+    if not cell.place.top:
+        assembly.links[index].lift(batch, outputs)
+        return
+    flight.loss, flight.error = assembly.objective(outputs, flight.target)
+    if not is_finite(flight.loss):
+        raise Diverged(_where_it_broke(assembly, batch, flight.loss))
+    outcome.losses[batch] = flight.loss
+
+
+def _credit_for(assembly: Assembly, cell: Cell, needs: Needs | None, batch: int) -> tuple[Credit | None, Credit | None]:
+    """Returns (above, error) as far as they are needed; what is not needed is withheld."""
+    flight, place = assembly.flights[batch], cell.place
+    above = error = None
+    if needs == Needs.ABOVE:
+        above = flight.error if place.top else assembly.links[place.index].receive(batch)
+    if needs is not None and needs >= Needs.ERROR:
+        error = flight.error
+    return above, error
+
+
+def _where_it_broke(assembly: Assembly, batch: int, loss: Tensor) -> str:
+    """Names the lowest cell whose output is not finite."""
+    for cell in assembly.cells:
+        if any(not bool(output.isfinite().all()) for output in cell.outputs(batch)):
+            where = f"cell {cell.place.index} ('{cell.block.name}') gave the first output that is not finite"
+            break
+    else:
+        where = f"cell {assembly.cells[-1].place.index} (the top one) gave finite scores, the loss itself is not finite"
+    return (
+        f"the loss is {loss.item()} at step {batch + 1}: {where}; look for bad values in the data, lower the learning rate, "
+        "or go on from the last checkpoint"
+    )

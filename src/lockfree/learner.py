@@ -1,0 +1,364 @@
+"""`convert`: a model and a rule become a learner that takes one batch at a time."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lockfree import rules
+from lockfree.cell import Cell, OptimizerFactory
+from lockfree.chain import Chain
+from lockfree.choose import choose
+from lockfree.executors import EXECUTORS, Assembly, Executor, Flight
+from lockfree.link import Link, links_between
+from lockfree.objective import Loss, Objective
+from lockfree.rng import get_rng, set_rng, undisturbed
+from lockfree.rule import Needs, Place, Rule, Site, locks
+from lockfree.schedule import SCHEDULES, Kind, Schedule
+from lockfree.values import Values, batch_size, detach, tensors
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step brought to light.
+
+    Attributes:
+        batch: Number of the batch that reached the loss, or ``None`` while a pipeline fills.
+        auxiliary: Loss of each auxiliary network that learnt, by cell.
+    """
+
+    batch: int | None
+    auxiliary: dict[int, Tensor]
+    _loss: Tensor | None = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """Loss of that batch before the update; ``nan`` while a pipeline fills."""
+        return math.nan if self._loss is None else self._loss.item()
+
+
+class Learner:
+    """A model that learns without the locks. Made by `convert`.
+
+    Attributes:
+        model: The user's own object, trained in place.
+        rule: How its blocks get their credit.
+        chain: The model cut into blocks.
+        schedule: When things happen.
+        steps: Batches taken in so far.
+    """
+
+    def __init__(
+        self, chain: Chain, rule: Rule, schedule: Schedule, executor: Executor, assembly: Assembly, same: dict[str, str]
+    ) -> None:
+        self.model, self.chain, self.rule, self.schedule = chain.model, chain, rule, schedule
+        self.steps = 0
+        self._executor, self._assembly, self._same = executor, assembly, same
+        self._first = 0  # batches before this one have been drained
+        self._seen: set[tuple] = set()
+
+    def __repr__(self) -> str:
+        return f"Learner({self.chain}, {self.rule}, schedule={self.schedule.name!r}, steps={self.steps})"
+
+    # ---- learning ------------------------------------------------------------------------------------------------------------
+
+    def step(self, x: Values, y: Any) -> StepResult:
+        """Takes one batch in; under ``lockstep`` it is learnt whole.
+
+        Args:
+            x: What the model takes, first dimension the batch.
+            y: What the loss takes as targets.
+
+        Returns:
+            The loss before the update, and those of the auxiliary networks.
+
+        Raises:
+            ValueError: If the batch is empty or its targets do not fit the model; nothing has been learnt then.
+            Diverged: If the loss is not finite; the message names the cell and the step.
+        """
+        self._check_batch(x, y)
+        tick = self.steps
+        flights = self._assembly.flights
+        flights[tick] = Flight(detach(x), y, self.schedule.actions_per_batch)
+        with self._all_or_nothing():
+            outcome = self._executor.run(self._assembly, self.schedule.tick(tick, self._first, tick))
+        self.steps += 1
+        batch, loss = next(iter(outcome.losses.items()), (None, None))
+        return StepResult(batch, {cell: value for (cell, _), value in outcome.auxiliary.items()}, loss)
+
+    def drain(self) -> None:
+        """Finishes the batches in flight; the next step starts with an empty pipeline."""
+        for tick in range(self.steps, self.steps + self.schedule.depth):
+            with self._all_or_nothing():
+                self._executor.run(self._assembly, self.schedule.tick(tick, self._first, self.steps - 1))
+        self._first = self.steps
+        assert not self._assembly.flights, "a drained learner has nothing in flight"
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """After an error nothing half-learnt stays in flight, so that training can go on with the next batch."""
+        try:
+            yield
+        except BaseException:
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
+        self._first = self.steps
+        self._assembly.flights.clear()
+        for part in [*self._assembly.cells, *self._assembly.links]:
+            part.clear()
+
+    def _check_batch(self, x: Values, y: Any) -> None:
+        """Refuses what cannot be learnt from before anything is; targets of a new kind are tried on the loss first."""
+        samples = batch_size(x)
+        if not samples:
+            raise ValueError("the batch is empty: the loader gave a tensor with no samples")
+        if samples == 1 and self.model.training:
+            self._refuse_single_sample(x)
+        kind = (_signature(x), _signature(y))
+        if kind not in self._seen:
+            self._assembly.objective.check(self._evaluate(x, lambda model, inputs: model(inputs)), y)
+            self._seen.add(kind)
+
+    def _refuse_single_sample(self, x: Values) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                try:
+                    with undisturbed(self.model), torch.no_grad():
+                        self.model(x)
+                except ValueError as error:
+                    raise ValueError(
+                        f"a batch of one sample cannot be normalised by BatchNorm ('{name}'): pass two or more, or drop the last "
+                        "batch of an epoch (drop_last=True)"
+                    ) from error
+                return
+
+    # ---- looking -------------------------------------------------------------------------------------------------------------
+
+    def predict(self, x: Values) -> Values:
+        """Returns the model's output (class scores) in evaluation mode; nothing is changed."""
+        return self._evaluate(x, self.rule.predict)
+
+    def _evaluate(self, x: Values, run: Callable[[nn.Module, Values], Values]) -> Values:
+        with undisturbed(self.model), torch.no_grad():
+            self.model.eval()
+            return run(self.model, x)
+
+    @property
+    def locks(self) -> frozenset[str]:
+        """The locks that training keeps, derived from what the blocks need."""
+        return locks([cell.needs for cell in self._assembly.cells])
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells, bottom to top."""
+        return self._assembly.cells
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The blocks' optimizers, bottom to top; attach learning-rate schedulers here."""
+        return [cell.optimizer for cell in self._assembly.cells if cell.optimizer is not None]
+
+    # ---- keeping -------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a snapshot of everything that a bit-identical resume needs: plain data and copies of tensors.
+
+        Model, auxiliary networks, optimizers, batches and messages in flight, and the states of the random generators.
+        """
+        flights = {
+            batch: {
+                "inputs": flight.inputs,
+                "target": flight.target,
+                "remaining": flight.remaining,
+                "error": flight.error,
+            }
+            for batch, flight in self._assembly.flights.items()
+        }
+        state = {
+            "of": self._same,
+            "steps": self.steps,
+            "first": self._first,
+            "model": dict(self.model.state_dict()),
+            "cells": [cell.state_dict() for cell in self._assembly.cells],
+            "links": [link.state_dict() for link in self._assembly.links],
+            "flights": flights,
+            "rng": get_rng(),
+        }
+        return _snapshot(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts everything back as `state_dict` found it, the global random generators included.
+
+        Raises:
+            ValueError: If the state is of another model, rule or schedule; nothing is changed then.
+        """
+        self._check_state(state)
+        state = _snapshot(state)  # optimizers and links keep what they are given
+        self.model.load_state_dict(state["model"])
+        self._clear()
+        self.steps, self._first = state["steps"], state["first"]
+        for part, saved in zip(self._assembly.cells, state["cells"], strict=True):
+            part.load_state_dict(saved)
+        for part, saved in zip(self._assembly.links, state["links"], strict=True):
+            part.load_state_dict(saved)
+        for batch, flight in state["flights"].items():
+            self._assembly.flights[int(batch)] = Flight(**flight)
+        set_rng(state["rng"])
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        missing = {"of", "model", "cells", "links", "flights", "rng"} - set(state)
+        if missing:
+            raise ValueError(f"this is not a learner's state: it lacks {', '.join(sorted(missing))}")
+        for what, mine in self._same.items():
+            theirs = state["of"].get(what)
+            if theirs != mine:
+                raise ValueError(f"the state is of another {what}: it was saved with {theirs}, this learner has {mine}")
+        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
+        others = {name: tuple(value.shape) for name, value in state["model"].items()}
+        for name in sorted(shapes.keys() | others.keys()):
+            if shapes.get(name) != others.get(name):
+                raise ValueError(
+                    f"the state is of another model: '{name}' has shape {others.get(name)} there and {shapes.get(name)} here"
+                )
+
+
+def _signature(values: Any) -> tuple:
+    return tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors(values)) or (type(values),)
+
+
+def _snapshot(state: Any) -> Any:
+    """Copies a tree of plain data and tensors."""
+    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
+
+
+def convert(
+    model: nn.Module,
+    rule: Rule | str,
+    *,
+    loss: Loss,
+    optimizer: OptimizerFactory,
+    blocks: int | Sequence[str] | None = None,
+    example_input: Values | None = None,
+    schedule: str = "lockstep",
+    executor: str = "sequential",
+    links: Link | Sequence[Link] | None = None,
+    auxiliary_optimizer: OptimizerFactory | None = None,
+) -> Learner:
+    """Makes a learner out of any model and a rule; the model stays the user's own and is trained in place.
+
+    Move the model to its device and dtype first. Autocast around `Learner.step` holds for the blocks' forward passes.
+
+    Args:
+        model: Its forward takes one object, a tensor or a tree of tensors whose first dimension is the batch.
+        rule: How blocks get their credit: a `Rule`, or its command-line name.
+        loss: Maps (output, targets) to a scalar, a mean over the batch.
+        optimizer: Maps a list of parameters to an optimizer; called once for each block.
+        blocks: ``None``: the children. A number K: K pieces of about equal activation memory. A list of names: a new block
+            begins at each of these modules.
+        example_input: A small batch, such as ``x[:2]``; needed by rules with auxiliary networks and for a number of blocks.
+        schedule: ``"lockstep"`` or ``"pipelined"``.
+        executor: ``"sequential"``.
+        links: One `Link` for all borders, or a list bottom to top; direct ones if left out.
+        auxiliary_optimizer: Like ``optimizer``, for the auxiliary networks; the rule's own choice if left out.
+
+    Returns:
+        The learner.
+
+    Raises:
+        ValueError: If the model cannot be cut there, has nothing to train, shares a parameter between blocks that learn apart,
+            or the rule cannot serve this model or schedule.
+        TypeError: If an argument is of the wrong kind.
+
+    Example:
+        >>> import torch, lockfree as lf
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+        >>> learner = lf.convert(
+        ...     model, lf.rules.SyntheticGradients(), loss=torch.nn.functional.cross_entropy,
+        ...     optimizer=lambda params: torch.optim.SGD(params, lr=0.1), example_input=x,
+        ... )
+        >>> learner.step(x, y).loss > 0
+        True
+        >>> sorted(learner.locks)
+        ['forward']
+    """
+    rule = rules.get(rule) if isinstance(rule, str) else rule
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a rule such as lockfree.rules.SyntheticGradients(), or its name, got {rule!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    chain = Chain(model, blocks, example_input=example_input)
+    if not any(chain.owned()):
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
+    all_links = links_between(len(chain), links)
+    plan = _plan(rule, len(chain), schedule, all_links)
+    _refuse_torn_parameters(chain, plan)
+    cells = _make_cells(chain, rule, plan, example_input, optimizer, auxiliary_optimizer or rule.auxiliary_optimizer)
+    same = {"rule": repr(rule), "cut": repr(chain), "schedule": f"{plan.name}, delays {list(plan.delays)}"}
+    assembly = Assembly(cells, all_links, Objective(loss))
+    return Learner(chain, rule, plan, choose(EXECUTORS, executor, "executor")(), assembly, same)
+
+
+def _plan(rule: Rule, cells: int, schedule: str, all_links: Sequence[Link]) -> Schedule:
+    """Derives the schedule from what the rule needs at each place."""
+    places = [Place(index, cells) for index in range(cells)]
+    make = choose(SCHEDULES, schedule, "schedule")
+    return make(
+        tuple(rule.needs(place) for place in places),
+        tuple(rule.auxiliary_needs(place) for place in places),
+        tuple(link.delay for link in all_links),
+    )
+
+
+def _make_cells(
+    chain: Chain,
+    rule: Rule,
+    plan: Schedule,
+    example_input: Values | None,
+    optimizer: OptimizerFactory,
+    auxiliary_optimizer: OptimizerFactory,
+) -> list[Cell]:
+    """Builds the auxiliary networks and puts the cells together."""
+    count = len(chain)
+    reports = [i > 0 and Needs.ABOVE in (plan.needs[i - 1], plan.auxiliary[i - 1]) for i in range(count)]
+    rehearsal = None if example_input is None else chain.rehearse(example_input, reports)
+    owned = chain.owned()
+    cells = []
+    for index, block in enumerate(chain.blocks):
+        place = Place(index, count)
+        cells.append(
+            Cell(
+                place=place,
+                block=block,
+                rule=rule,
+                auxiliary=rule.build(Site(place=place, block=block, rehearsal=rehearsal)),
+                parameters=owned[index],
+                optimizer=optimizer,
+                auxiliary_optimizer=auxiliary_optimizer,
+                reports=reports[index],
+                overlaps=(plan.overlaps(index, Kind.LEARN), plan.overlaps(index, Kind.AUXILIARY)),
+            )
+        )
+    return cells
+
+
+def _refuse_torn_parameters(chain: Chain, plan: Schedule) -> None:
+    """A parameter that several blocks share is stepped once, by the lowest of them; all must have learnt by then.
+
+    Raises:
+        ValueError: If the blocks learn apart, so that part of the gradient would be missing.
+    """
+    order = {action.cell: position for position, action in enumerate(plan.tick(0, 0, 0)) if action.kind is Kind.LEARN}
+    for parameter in chain.shared():
+        users = [i for i, block in enumerate(chain.blocks) if any(p is parameter for p in block.parameters())]
+        if any(user not in order or order[user] > order.get(users[0], -1) for user in users):
+            raise ValueError(
+                f"parameter '{chain.name_of(parameter)}' is shared by blocks {users}, which learn at different times: untie it, cut "
+                "so that one block holds all its uses, or choose a rule and schedule in which they learn together (backprop)"
+            )

@@ -1,0 +1,82 @@
+"""The channel between two neighbouring cells."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lockfree.values import Credit, Values, carrying, detach, mark
+
+
+class Link:
+    """Carries activations up and messages down between cell i and cell i+1, and owns the delay of the messages.
+
+    A message sent for batch t in tick k is learnt from in tick k + ``delay``. Delay is a property of the channel, never of a
+    rule: the schedule reads it here, and the link keeps what is on its way.
+
+    Args:
+        delay: Ticks (under ``lockstep``: batches) that a message takes, 0 or more.
+
+    Raises:
+        ValueError: If the delay is negative or not a whole number.
+
+    Example:
+        >>> link = Link(delay=1)
+        >>> link.send(7, (None,))
+        >>> link.receive(7)
+        (None,)
+    """
+
+    def __init__(self, *, delay: int = 0) -> None:
+        if delay != int(delay) or delay < 0:
+            raise ValueError(f"a link's delay is a whole number of ticks, 0 or more, got {delay!r}")
+        self.delay = int(delay)
+        self._up: dict[int, Values] = {}
+        self._down: dict[int, Credit | None] = {}
+
+    def __repr__(self) -> str:
+        return f"Link(delay={self.delay})"
+
+    def lift(self, batch: int, values: Values) -> None:
+        """Hands the activations of a batch up."""
+        self._up[batch] = values
+
+    def take(self, batch: int) -> Values:
+        """Takes the activations of a batch from below, once."""
+        return self._up.pop(batch)
+
+    def send(self, batch: int, message: Credit | None) -> None:
+        """Sends the message of a batch down."""
+        self._down[batch] = message
+
+    def receive(self, batch: int) -> Credit | None:
+        """Takes the message of a batch from above, once; ``None`` means that the cell above had no credit itself."""
+        return self._down.pop(batch)
+
+    def clear(self) -> None:
+        """Forgets everything on its way."""
+        self._up.clear()
+        self._down.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what is on its way."""
+        up = {batch: {"values": detach(values), "carrying": carrying(values)} for batch, values in self._up.items()}
+        return {"up": up, "down": dict(self._down)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what was on its way."""
+        self._up = {batch: mark(one["values"], one["carrying"]) for batch, one in state["up"].items()}
+        self._down = dict(state["down"])
+
+
+def links_between(cells: int, given: Link | Sequence[Link] | None) -> list[Link]:
+    """Returns the ``cells - 1`` links of a chain: direct ones, copies of one, or the user's own.
+
+    Raises:
+        ValueError: If a list of another length is given.
+    """
+    if given is None:
+        return [Link() for _ in range(cells - 1)]
+    if isinstance(given, Link):
+        return [Link(delay=given.delay) for _ in range(cells - 1)]
+    if len(given) != cells - 1:
+        raise ValueError(f"{cells} blocks have {cells - 1} links between them, got {len(given)}: pass one Link for all or a list")
+    return list(given)

@@ -1,0 +1,75 @@
+"""Counting the bytes that autograd keeps alive for backward passes, on any device."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class ActivationMeter:
+    """Counts saved activations: each storage once, for as long as some graph holds it, parameters and buffers left out.
+
+    Example:
+        >>> import torch
+        >>> meter = ActivationMeter(torch.nn.Linear(2, 2))
+        >>> with meter.watch():
+        ...     y = torch.ones(3, requires_grad=True).exp()
+        >>> meter.peak
+        12
+
+    Attributes:
+        now: Bytes alive at this moment.
+        peak: Most bytes that were ever alive at once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.now = 0
+        self.peak = 0
+        self._holders: dict[int, int] = {}
+        self._model = model
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Counts what is saved inside; graphs that outlive it are still counted down when they are freed."""
+        own = {tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]}
+
+        def pack(tensor: Tensor) -> "Tensor | _Holder":
+            pointer = tensor.untyped_storage().data_ptr()
+            return tensor if pointer in own or not pointer else _Holder(tensor, pointer, self)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            yield
+
+    def reset(self) -> None:
+        """Starts a new peak from what is alive now."""
+        self.peak = self.now
+
+    def _hold(self, pointer: int, size: int) -> None:
+        if not self._holders.get(pointer):
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self._holders[pointer] = self._holders.get(pointer, 0) + 1
+
+    def _free(self, pointer: int, size: int) -> None:
+        self._holders[pointer] -= 1
+        if not self._holders[pointer]:
+            del self._holders[pointer]
+            self.now -= size
+
+
+class _Holder:
+    """Stands for a saved tensor; its end is the end of the graph that saved it."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor, pointer: int, meter: ActivationMeter) -> None:
+        self.tensor = tensor
+        size = tensor.untyped_storage().nbytes()
+        meter._hold(pointer, size)
+        weakref.finalize(self, meter._free, pointer, size)
+
+
+def _unpack(saved: Tensor | _Holder) -> Tensor:
+    return saved.tensor if isinstance(saved, _Holder) else saved

@@ -1,0 +1,96 @@
+"""The loss at the top of the chain, and what goes wrong there."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lockfree.chain import output_tensors
+from lockfree.values import Credit, Values, as_leaves, detach, tensors
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Diverged(ValueError):  # noqa: N818  (it is what happened, not a mistake in the call)
+    """Training met a value that is not finite."""
+
+
+class Objective:
+    """The user's loss: the neighbour above the top cell, whose message is the error.
+
+    Args:
+        loss: Maps the model's output and the batch's targets to a scalar, a mean over the batch.
+
+    Raises:
+        TypeError: If ``loss`` cannot be called.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        if not callable(loss):
+            raise TypeError(f"loss must be a function of (output, target), such as torch.nn.functional.cross_entropy, got {loss!r}")
+        self._loss = loss
+
+    def __call__(self, outputs: Values, target: Any) -> tuple[Tensor, Credit]:
+        """Returns the loss and its gradient for each tensor of the output, shape of that tensor.
+
+        Raises:
+            ValueError: If the targets do not fit the output.
+        """
+        leaves = as_leaves(detach(outputs), outputs)
+        with torch.enable_grad():
+            loss = self.evaluate(leaves, target)
+        carrying = [leaf for leaf in tensors(leaves) if leaf.requires_grad]
+        if not loss.requires_grad:
+            return loss.detach(), (None,) * len(carrying)
+        return loss.detach(), torch.autograd.grad(loss, carrying, allow_unused=True)
+
+    def evaluate(self, outputs: Values, target: Any) -> Tensor:
+        """Returns the loss alone.
+
+        Raises:
+            ValueError: If the targets do not fit the output, or the loss is not a scalar.
+        """
+        try:
+            loss = self._loss(outputs, target)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"the loss does not accept these targets: {reason} (the model gives {describe(outputs)}, the targets are "
+                f"{describe(target)}; cross entropy wants int64 class numbers of shape (batch,))"
+            ) from error
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"the loss must return one scalar tensor, a mean over the batch; it returned {describe(loss)}")
+        return loss.reshape(())
+
+    def check(self, outputs: Values, target: Any) -> None:
+        """Checks, before anything is learnt, that targets like these fit the model's output.
+
+        Raises:
+            ValueError: If they do not; class numbers out of range are named.
+        """
+        scores = output_tensors(outputs)
+        if len(scores) == 1 and scores[0].dim() == 2 and _are_class_numbers(target, scores[0]):
+            labels, classes = target[target != -100], scores[0].shape[1]
+            if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+                raise ValueError(
+                    f"targets hold class numbers from {int(labels.min())} to {int(labels.max())}, but the model gives scores for "
+                    f"{classes} classes, 0 to {classes - 1}: mend the labels or widen the model's last layer"
+                )
+        self.evaluate(outputs, target)
+
+
+def _are_class_numbers(target: Any, scores: Tensor) -> bool:
+    return isinstance(target, Tensor) and target.dtype == torch.int64 and target.shape == scores.shape[:1]
+
+
+def describe(values: Any) -> str:
+    """Says in a few words what a tree of tensors is."""
+    found = [f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}" for tensor in tensors(values)]
+    return " and ".join(found) if found else type(values).__name__
+
+
+def is_finite(loss: Tensor) -> bool:
+    """Whether a scalar is a number."""
+    return math.isfinite(loss.item())

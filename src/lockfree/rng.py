@@ -1,0 +1,40 @@
+"""Reading, setting and protecting the state of the global random generators."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def get_rng() -> dict[str, Tensor]:
+    """Returns the state of the CPU's generator and, once CUDA is in use, of every CUDA device's."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state |= {f"cuda:{index}": torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())}
+    return state
+
+
+def set_rng(state: dict[str, Tensor]) -> None:
+    """Sets the generators to a state that `get_rng` returned; devices that are not here are left out."""
+    torch.set_rng_state(state["cpu"].cpu())
+    for device, value in state.items():
+        if device != "cpu" and torch.cuda.is_available() and torch.device(device).index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value.cpu(), torch.device(device))
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Lets a model be run for a look: random generators, buffers and training flags are afterwards as before."""
+    random = get_rng()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        set_rng(random)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,211 @@
+"""The language in which a credit-assignment rule is written: what it needs, what it sees, what it answers.
+
+A rule is one file. It says what a block must have received before it may learn (`Needs`), and turns what the block has seen
+(`Context`) into the gradient of the block's output (the credit). Everything else, locks, schedules, memory, pictures, follows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lockfree.values import Credit, Values, carriers
+
+
+class Needs(IntEnum):
+    """What must have arrived before a block may learn on a batch; each level includes the ones before it.
+
+    Attributes:
+        NOTHING: The block's own input and output suffice; it learns the moment that it has run forward.
+        TARGET: The batch's targets, too. They are known from the start, so nobody waits for them.
+        ERROR: The gradient of the loss at the model's output: every block above must have run *forward*.
+        ABOVE: The message of the next block: every block above must have run forward *and* learnt.
+    """
+
+    NOTHING = 0
+    TARGET = 1
+    ERROR = 2
+    ABOVE = 3
+
+
+class Place(NamedTuple):
+    """Where a cell stands in its chain.
+
+    Attributes:
+        index: Number of the cell, 0 at the bottom.
+        count: Number of cells in the chain.
+    """
+
+    index: int
+    count: int
+
+    @property
+    def top(self) -> bool:
+        """Whether this is the last cell, whose neighbour above is the loss itself."""
+        return self.index == self.count - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a rule knows when it builds the auxiliary network of one cell.
+
+    Attributes:
+        place: Where the cell stands.
+        block: The piece of the user's model.
+        rehearsal: What each block hands up for the example batch, bottom to top; ``None`` if no example was given.
+    """
+
+    place: Place
+    block: nn.Module
+    rehearsal: Sequence[Values] | None
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Tensors of the block's output that carry credit, as an example batch gave them, shape (m, ...) each.
+
+        Raises:
+            ValueError: If no example batch was given.
+        """
+        return carriers(self._rehearsed()[self.place.index])
+
+    @property
+    def scores(self) -> Float[Tensor, "m classes ..."]:
+        """The model's output for the example batch.
+
+        Raises:
+            ValueError: If it is not one batched tensor, or no example batch was given.
+        """
+        scores = self._rehearsed()[-1]
+        if not isinstance(scores, Tensor) or scores.dim() < 2:
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"this rule needs a model whose output is one tensor (batch, classes), this model gives {given}")
+        return scores
+
+    def _rehearsed(self) -> Sequence[Values]:
+        if self.rehearsal is None:
+            raise ValueError("this rule sizes its auxiliary networks by an example: pass example_input, a small batch such as x[:2]")
+        return self.rehearsal
+
+
+@dataclass(slots=True)
+class Context:
+    """All that a rule may look at of one cell and one batch; what the rule does not need stays ``None``.
+
+    Attributes:
+        place: Where the cell stands.
+        auxiliary: The network (or the buffers) that `Rule.build` made for this cell.
+        inputs: The block's input, detached.
+        outputs: Tensors of the block's output that carry credit, detached, shape (batch, ...) each.
+        samples: Number of samples in the batch.
+        target: The batch's targets; only where the rule needs TARGET or more.
+        error: dL/d(model output), a gradient for each tensor of it; only where the rule needs ERROR or more.
+        above: dL/dy as the next block (or, at the top, the loss) reports it; only where the rule needs ABOVE.
+        memo: Whatever `Rule.credit` wants to hand on to `Rule.learn`.
+    """
+
+    place: Place
+    auxiliary: nn.Module | None
+    inputs: Values
+    outputs: tuple[Tensor, ...]
+    samples: int
+    target: Any = None
+    error: Credit | None = None
+    above: Credit | None = None
+    memo: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a catalogue says about a rule.
+
+    Attributes:
+        title: Name in words.
+        summary: One sentence: where the credit comes from.
+        reference: Authors, year, title, arXiv number.
+        bibtex: Entry to paste.
+    """
+
+    title: str
+    summary: str
+    reference: str
+    bibtex: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    r"""How blocks get their credit $\partial L/\partial y$. The fields of a rule are its hyperparameters.
+
+    A subclass implements `needs` and `credit`, gives a `card`, and answers those of the remaining questions that concern it:
+    each of them has a neutral answer here ("no auxiliary network", "run the block as it is", ...).
+
+    Credit is the gradient of the loss *as the user wrote it*, a mean over the batch. A rule that regresses gradients multiplies
+    by `Context.samples`, so that what it learns does not move with the batch size.
+
+    Example:
+        >>> import lockfree as lf
+        >>> lf.rules.Backprop().needs(lf.Place(0, 3)).name
+        'ABOVE'
+    """
+
+    card: ClassVar[Card]
+
+    @abstractmethod
+    def needs(self, place: Place) -> Needs:
+        """What the block at ``place`` must have received before it may learn."""
+
+    @abstractmethod
+    def credit(self, context: Context) -> Credit | None:
+        """Returns a gradient for each tensor of ``context.outputs``, or ``None``: not yet."""
+
+    def auxiliary_needs(self, place: Place) -> Needs | None:
+        """What the auxiliary network must have received before *it* may learn; ``None`` if there is nothing that learns."""
+        return None
+
+    def build(self, site: Site) -> nn.Module | None:
+        """Makes the auxiliary network of one cell: trained things are parameters, fixed random ones are buffers."""
+        return None
+
+    def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Makes the optimizer of one auxiliary network."""
+        return torch.optim.Adam(parameters)
+
+    def run(self, block: nn.Module, auxiliary: nn.Module | None, inputs: Values) -> Values:
+        """Runs the block forward; rules that change how a layer differentiates do it here."""
+        return block(inputs)
+
+    def learn(self, context: Context) -> Tensor | None:
+        """Leaves gradients on the auxiliary network's parameters; returns the loss that they descend, for the record."""
+        return None
+
+    def predict(self, model: nn.Module, inputs: Values) -> Values:
+        """Returns the class scores of a batch; the model is in evaluation mode and no graph is kept."""
+        return model(inputs)
+
+
+def locks(needs: list[Needs]) -> frozenset[str]:
+    """Derives the locks that training keeps from what its blocks need.
+
+    The forward lock stays as long as blocks process real inputs. The block under the loss needs the loss alone, which locks
+    nobody; so the last entry does not count.
+
+    Args:
+        needs: One entry a cell, bottom to top.
+
+    Returns:
+        A subset of ``{"forward", "update", "backward"}``.
+
+    Example:
+        >>> sorted(locks([Needs.ERROR, Needs.ABOVE]))
+        ['forward', 'update']
+
+    Reference:
+        Jaderberg et al. 2016, arXiv 1608.05343, section 1 names the three locks.
+    """
+    worst = max(needs[:-1], default=Needs.NOTHING)
+    held = {"forward": True, "update": worst >= Needs.ERROR, "backward": worst >= Needs.ABOVE}
+    return frozenset(name for name, on in held.items() if on)

@@ -1,0 +1,41 @@
+"""Every rule: one file each, one line each here, and nowhere else a list of them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from lockfree.choose import choose
+from lockfree.rule import Rule
+from lockfree.rules.backprop import Backprop
+from lockfree.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from lockfree.rules.feedback_alignment import FeedbackAlignment
+from lockfree.rules.synthetic_gradients import SyntheticGradients
+
+RULES: dict[str, Callable[..., Rule]] = {
+    "backprop": Backprop,
+    "dni": SyntheticGradients,
+    "cdni": partial(SyntheticGradients, conditioned=True),
+    "fa": FeedbackAlignment,
+    "dfa": DirectFeedbackAlignment,
+}
+"""Every rule by its command-line name."""
+
+
+def get(name: str, **fields: Any) -> Rule:
+    """Makes a rule by its command-line name.
+
+    Args:
+        name: One of `RULES`.
+        **fields: Hyperparameters of the rule.
+
+    Raises:
+        ValueError: If there is no such rule; the nearest name is given.
+
+    Example:
+        >>> get("cdni").conditioned
+        True
+    """
+    return choose(RULES, name, "rule")(**fields)
+
+
+__all__ = ["RULES", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "SyntheticGradients", "get"]

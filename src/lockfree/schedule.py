@@ -1,0 +1,202 @@
+"""When is data: a schedule is the list of events of a training run, and it alone decides the mathematics.
+
+An event is an `Action`: cell 2 runs forward on batch 7 (``2F7``), learns on it (``2L7``), or its auxiliary network does
+(``2A7``). A schedule is derived from what the blocks need and from the delays of the links; nothing in it is written by hand.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple
+
+from lockfree.rule import Needs
+
+
+class Kind(StrEnum):
+    """What happens in an action: F forward, L the block learns, A the auxiliary network learns."""
+
+    FORWARD = "F"
+    LEARN = "L"
+    AUXILIARY = "A"
+
+
+class Action(NamedTuple):
+    """One event: a cell does something on a batch.
+
+    Example:
+        >>> str(Action(2, Kind.FORWARD, 7))
+        '2F7'
+    """
+
+    cell: int
+    kind: Kind
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.cell}{self.kind}{self.batch}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    r"""The events of a chain of cells, tick by tick; batch t enters in tick t.
+
+    With `hop` the ticks that activations take from one cell to the next, and $d_i$ the delay of the link above cell i, cell i
+    works on batch t in the ticks
+
+    $$f_i = t + i\,\mathrm{hop}, \qquad
+    l_i = \begin{cases} f_i & \text{needs} \le \text{TARGET} \\ f_{n-1} + \sum_{j \ge i} d_j & \text{ERROR} \\
+    l_{i+1} + d_i & \text{ABOVE} \end{cases}$$
+
+    and its auxiliary network likewise. Within a tick a cell runs forward first, then learns, then its auxiliary network learns.
+
+    Args:
+        name: What the user calls it.
+        needs: What each block needs, bottom to top.
+        auxiliary: What each auxiliary network needs, ``None`` where nothing learns.
+        delays: One for each link, bottom to top.
+        hop: Ticks from one cell to the next, 0 or 1.
+    """
+
+    name: str
+    needs: tuple[Needs, ...]
+    auxiliary: tuple[Needs | None, ...]
+    delays: tuple[int, ...]
+    hop: int
+
+    @cached_property
+    def _offset(self) -> dict[tuple[int, Kind], int]:
+        return _offsets(self.needs, self.auxiliary, self.delays, self.hop)
+
+    @cached_property
+    def _orders(self) -> dict[tuple[int, int], list[tuple[int, Kind, int]]]:
+        return {}  # ticks differ only by which batches are in flight; each order is worked out once
+
+    @property
+    def cells(self) -> int:
+        """Number of cells."""
+        return len(self.needs)
+
+    @property
+    def depth(self) -> int:
+        """Ticks between a batch's entry and its last action."""
+        return max(self._offset.values())
+
+    @property
+    def actions_per_batch(self) -> int:
+        """Number of actions that a batch takes from entry to end."""
+        return len(self._offset)
+
+    def tick(self, tick: int, first: int, last: int) -> list[Action]:
+        """Returns the actions of one tick in the order of the sequential reference.
+
+        Args:
+            tick: Number of the tick.
+            first: Earliest batch that may take part (a drain ended all before it).
+            last: Latest batch that has entered or enters now.
+        """
+        window = (max(first - tick, -self.depth), min(last - tick, 0))
+        if window not in self._orders:
+            self._orders[window] = self._order(*window)
+        return [Action(cell, kind, tick + shift) for cell, kind, shift in self._orders[window]]
+
+    def actions(self, batches: int) -> list[Action]:
+        """Returns all actions of so many batches, drained at the end.
+
+        Example:
+            >>> from lockfree.rule import Needs
+            >>> plan = lockstep((Needs.TARGET, Needs.ABOVE), (None, None), (0,))
+            >>> " ".join(map(str, plan.actions(2)))
+            '0F0 0L0 1F0 1L0 0F1 0L1 1F1 1L1'
+        """
+        ticks = range(batches + self.depth)
+        return [action for tick in ticks for action in self.tick(tick, 0, batches - 1)]
+
+    def waits_for(self, action: Action) -> Iterator[Action]:
+        """Yields the actions of *other* cells that an action depends on; the timeline and every executor go by it."""
+        cell, kind, batch = action
+        top = self.cells - 1
+        if kind is Kind.FORWARD:
+            if cell:
+                yield Action(cell - 1, Kind.FORWARD, batch)
+            return
+        needs = self.needs[cell] if kind is Kind.LEARN else self.auxiliary[cell]
+        if cell != top and needs == Needs.ERROR:
+            yield Action(top, Kind.FORWARD, batch)
+        if cell != top and needs == Needs.ABOVE:
+            yield Action(cell + 1, Kind.LEARN, batch)
+
+    def overlaps(self, cell: int, kind: Kind) -> bool:
+        """Whether weights may change between a call and its use: of the block before L, of the auxiliary network before A."""
+        before = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN}[kind]
+        return (cell, kind) in self._offset and self._offset[cell, kind] > self._offset[cell, before]
+
+    def _order(self, low: int, high: int) -> list[tuple[int, Kind, int]]:
+        """Orders the actions of one tick: up the chain, and after each forward everything that has become possible."""
+        pending = {(cell, kind, -offset) for (cell, kind), offset in self._offset.items() if low <= -offset <= high}
+        order: list[tuple[int, Kind, int]] = []
+
+        def ready(cell: int, kind: Kind, shift: int) -> bool:
+            own = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN}[kind]
+            others = ((c, k, b) for c, k, b in self.waits_for(Action(cell, kind, shift)))
+            return not any(wait in pending for wait in [(cell, own, shift), *others])
+
+        def emit(cell: int, kind: Kind) -> None:
+            shift = -self._offset.get((cell, kind), self.depth + 1)
+            if (cell, kind, shift) in pending and (kind is Kind.FORWARD or ready(cell, kind, shift)):
+                pending.remove((cell, kind, shift))
+                order.append((cell, kind, shift))
+
+        for cell in range(self.cells):
+            emit(cell, Kind.FORWARD)
+            for below in range(cell, -1, -1):
+                emit(below, Kind.LEARN)
+                emit(below, Kind.AUXILIARY)
+        assert not pending, f"actions that wait for each other: {pending}"
+        return order
+
+
+def _offsets(
+    needs: Sequence[Needs], auxiliary: Sequence[Needs | None], delays: Sequence[int], hop: int
+) -> dict[tuple[int, Kind], int]:
+    """Works out the tick, counted from a batch's entry, of each of its actions (the equation in `Schedule`)."""
+    count = len(needs)
+    forward = [cell * hop for cell in range(count)]
+    learn = list(forward)
+    offsets: dict[tuple[int, Kind], int] = {}
+    for cell in range(count - 1, -1, -1):
+        arrival = {Needs.NOTHING: 0, Needs.TARGET: 0, Needs.ERROR: forward[-1] + sum(delays[cell:]), Needs.ABOVE: 0}
+        if cell < count - 1:
+            arrival[Needs.ABOVE] = learn[cell + 1] + delays[cell]
+        learn[cell] = max(forward[cell], arrival[needs[cell]])
+        offsets[cell, Kind.FORWARD] = forward[cell]
+        offsets[cell, Kind.LEARN] = learn[cell]
+        after = auxiliary[cell]
+        if after is not None:
+            offsets[cell, Kind.AUXILIARY] = max(learn[cell], arrival[after])
+    return offsets
+
+
+def lockstep(needs: tuple[Needs, ...], auxiliary: tuple[Needs | None, ...], delays: tuple[int, ...]) -> Schedule:
+    """One batch at a time: it enters and, unless a link delays a message, everything is learnt before the next one."""
+    return Schedule("lockstep", needs, auxiliary, delays, hop=0)
+
+
+def pipelined(needs: tuple[Needs, ...], auxiliary: tuple[Needs | None, ...], delays: tuple[int, ...]) -> Schedule:
+    """Cell i works on batch t - i in tick t, so that all cells can work at once.
+
+    Raises:
+        ValueError: If a block needs ERROR or ABOVE and its links are direct: it would have to stop and wait. Late messages are
+            legal, but they must be asked for by links with a delay.
+    """
+    for cell, (need, delay) in enumerate(zip(needs[:-1], delays, strict=True)):
+        if need >= Needs.ERROR and delay < 1:
+            raise ValueError(
+                f"the pipelined schedule cannot serve block {cell}, which needs {need.name}: it would wait for the blocks above; "
+                'accept late credit with links=Link(delay=1), choose a rule that needs TARGET at most, or schedule="lockstep"'
+            )
+    return Schedule("pipelined", needs, auxiliary, delays, hop=1)
+
+
+SCHEDULES = {"lockstep": lockstep, "pipelined": pipelined}
+"""Every schedule by the name that `lockfree.convert` takes."""
