@@ -60,6 +60,7 @@ class Cell:
         self.needs = rule.needs(place)
         self.auxiliary_needs = rule.auxiliary_needs(place)
         trained = [parameter for parameter in auxiliary.parameters() if parameter.requires_grad] if auxiliary else []
+        self.parameters = parameters
         self.optimizer = optimizer(parameters) if parameters else None
         self.auxiliary_optimizer = auxiliary_optimizer(trained) if trained else None
         self._block_stash = Stash(block) if overlaps[0] else None
@@ -144,7 +145,8 @@ class Cell:
             self._block_stash.before_update()
         if self.optimizer is not None:
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.parameters:
+                parameter.grad = None
 
     def learn_auxiliary(self, batch: int, above: Credit | None, error: Credit | None) -> Tensor | None:
         """A: the truth about one batch has arrived; the auxiliary network learns from it and returns its own loss."""

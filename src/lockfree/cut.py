@@ -228,9 +228,26 @@ def _deal(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[tuple[str,
         own = [n for n in nodes if n.meta["block"] == block and n.op not in ("placeholder", "output", "get_attr")]
         called = [_public(str(n.target)) for n in own if n.op == "call_module"]
         called.sort(key=lambda name: not any(True for _ in model.get_submodule(name).parameters()))  # those with weights first
-        body = fx.GraphModule(root, _block_graph(incoming, own, outgoing, nodes[-1]))
+        body = _plain_sequence(root, incoming, own, outgoing, nodes[-1])
+        if body is None:
+            body = fx.GraphModule(root, _block_graph(incoming, own, outgoing, nodes[-1]))
         pieces.append((called[0] if called else "", body, len(incoming)))
     return pieces
+
+
+def _plain_sequence(
+    root: nn.Module, incoming: list[fx.Node], own: list[fx.Node], outgoing: list[fx.Node] | None, output: fx.Node
+) -> nn.Module | None:
+    """Returns the user's own module, or a sequence of them, if that is all that a block is; it runs faster than a graph."""
+    value, modules = (incoming[0] if len(incoming) == 1 else None), []
+    for node in own:
+        if node.op != "call_module" or node.args != (value,) or node.kwargs:
+            return None
+        value = node
+        modules.append(root.get_submodule(str(node.target)))
+    if [value] != (outgoing if outgoing is not None else [output.args[0]]):
+        return None
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
 def _crossing(nodes: list[fx.Node], block: int) -> list[fx.Node]:

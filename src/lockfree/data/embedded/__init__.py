@@ -1,0 +1,1 @@
+"""A class-balanced sample of Fashion-MNIST, for work without a data folder and without a network."""

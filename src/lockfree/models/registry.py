@@ -1,0 +1,55 @@
+"""The networks by name."""
+
+import difflib
+from collections.abc import Callable
+
+from torch import nn
+
+from lockfree.models.convolutional import cnn, vgg8b
+from lockfree.models.dense import mlp
+from lockfree.models.residual import resnet20
+
+_MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "vgg8b": vgg8b,
+    "resnet20": resnet20,
+}
+
+
+def names() -> tuple[str, ...]:
+    """Lists what `build` takes.
+
+    Returns:
+        The names of the networks.
+
+    Example:
+        >>> names()
+        ('mlp', 'cnn', 'vgg8b', 'resnet20')
+    """
+    return tuple(_MODELS)
+
+
+def build(name: str, *, input_shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Makes a network by name; its weights are drawn from torch's global generator.
+
+    Args:
+        name: One of `names()`.
+        input_shape: (channels, height, width) of a sample.
+        classes: How many class scores come out.
+
+    Returns:
+        A module that maps (n, channels, height, width) to scores of shape (n, classes).
+
+    Raises:
+        ValueError: The name is unknown, or the network cannot take such inputs.
+
+    Example:
+        >>> len(build("mlp", input_shape=(1, 8, 8), classes=10))
+        4
+    """
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown model {name!r}: {hint}choose one of {', '.join(names())}")
+    return _MODELS[name](input_shape, classes)

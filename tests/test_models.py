@@ -1,0 +1,142 @@
+"""The plain networks: shapes, sizes, blocks, and that nothing in them works in place."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+from lockfree import models
+
+SHAPES = {
+    "mlp": [(1, 8, 8), (3, 5, 7), (1, 28, 28)],
+    "cnn": [(1, 8, 8), (1, 28, 28), (3, 32, 32)],
+    "vgg8b": [(1, 16, 16), (1, 28, 28), (3, 32, 32)],
+    "resnet20": [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 9, 13)],
+}
+CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_table_above_covers_every_model():
+    assert set(SHAPES) == set(models.names())
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_scores_have_a_column_for_each_class(name, shape):
+    model = models.build(name, input_shape=shape, classes=7)
+    assert model(torch.randn(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_every_parameter_learns(name, shape):
+    torch.manual_seed(0)
+    model = models.build(name, input_shape=shape, classes=5)
+    nn.functional.cross_entropy(model(torch.randn(4, *shape)), torch.tensor([0, 1, 2, 3])).backward()
+    still = [key for key, parameter in model.named_parameters() if not parameter.grad.abs().max() > 0]
+    assert still == []
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_nothing_works_in_place(name):
+    model = models.build(name, input_shape=(3, 32, 32), classes=10)
+    assert [key for key, module in model.named_modules() if getattr(module, "inplace", False)] == []
+    graph = fx.symbolic_trace(model).graph
+    called = [node.target for node in graph.nodes if node.op in ("call_function", "call_method")]
+    names = [target if isinstance(target, str) else target.__name__ for target in called]
+    assert [target for target in names if target.endswith("_") or target.startswith("i")] == []
+    assert not any(node.kwargs.get("inplace") for node in graph.nodes)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_the_same_seed_builds_the_same_weights(name):
+    states = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        states.append(
+            torch.cat(
+                [p.detach().flatten() for p in models.build(name, input_shape=(1, 28, 28), classes=10).parameters()]
+            )
+        )
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("mlp", 4), ("cnn", 4), ("vgg8b", 8)])
+def test_children_are_the_blocks(name, blocks):
+    model = models.build(name, input_shape=(1, 28, 28), classes=10).eval()
+    assert isinstance(model, nn.Sequential)
+    assert len(model) == blocks
+    x = y = torch.randn(2, 1, 28, 28)
+    for child in model:
+        y = child(y)
+    assert torch.equal(y, model(x))
+
+
+def test_sizes_are_the_papers():
+    assert parameters(models.build("resnet20", input_shape=(3, 32, 32), classes=10)) == 269_722
+    assert parameters(models.build("vgg8b", input_shape=(1, 28, 28), classes=10)) == pytest.approx(7.3e6, rel=0.01)
+    assert parameters(models.build("vgg8b", input_shape=(3, 32, 32), classes=10)) == pytest.approx(8.9e6, rel=0.01)
+
+
+def test_vgg8b_is_the_sum_of_its_layers():
+    kernels = 9 * (3 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512 + 512 * 512)
+    normalisations = 2 * (128 + 256 + 256 + 512 + 512 + 512 + 1024)
+    dense = 512 * 2 * 2 * 1024 + 1024 * 10 + 10
+    assert parameters(models.build("vgg8b", input_shape=(3, 32, 32), classes=10)) == kernels + normalisations + dense
+
+
+def test_resnet20_has_twenty_layers_with_weights():
+    model = models.build("resnet20", input_shape=(3, 32, 32), classes=10)
+    assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules()) == 20
+    assert [name for name, _ in model.named_children()] == ["conv1", "bn1", "layer1", "layer2", "layer3", "fc"]
+
+
+def test_the_shortcut_thins_out_and_pads_with_zeros():
+    x = torch.arange(2 * 4 * 4.0).reshape(1, 2, 4, 4)
+    y = models.resnet20((2, 8, 8), 2).layer2[0].shortcut(x)
+    assert y.shape == (1, 2 + 16, 2, 2)
+    assert torch.equal(y[0, :2], torch.tensor([[[0.0, 2.0], [8.0, 10.0]], [[16.0, 18.0], [24.0, 26.0]]]))
+    assert y[0, 2:].abs().sum() == 0
+
+
+def test_a_residual_block_that_adds_nothing_passes_on_the_input():
+    block = models.resnet20((1, 8, 8), 2).layer1[0].eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(2, 16, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_mlp_takes_any_hidden_layers():
+    kinds = [type(layer).__name__ for layer in models.mlp((1, 2, 3), 4, hidden=(5, 6), batch_norm=False)[1]]
+    assert kinds == ["Linear", "ReLU"]
+    assert (
+        parameters(models.mlp((1, 2, 3), 4, hidden=(5, 6), batch_norm=False)) == (6 + 1) * 5 + (5 + 1) * 6 + (6 + 1) * 4
+    )
+    assert parameters(models.mlp((1, 2, 3), 4, hidden=(5,))) == 6 * 5 + 2 * 5 + (5 + 1) * 4
+    linear = models.mlp((1, 2, 3), 4, hidden=())
+    assert parameters(linear) == (6 + 1) * 4
+    assert linear(torch.zeros(3, 1, 2, 3)).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: models.build("resnet2", input_shape=(1, 8, 8), classes=2), "did you mean 'resnet20'"),
+        (
+            lambda: models.build("transformer", input_shape=(1, 8, 8), classes=2),
+            "choose one of mlp, cnn, vgg8b, resnet20",
+        ),
+        (lambda: models.build("vgg8b", input_shape=(1, 8, 8), classes=2), "16x16 or larger, got 8x8"),
+        (lambda: models.build("cnn", input_shape=(1, 28, 7), classes=2), "8x8 or larger, got 28x7"),
+        (lambda: models.build("resnet20", input_shape=(1, 4, 4), classes=2), "8x8 or larger, got 4x4"),
+        (lambda: models.build("mlp", input_shape=(0, 8, 8), classes=2), r"got \(0, 8, 8\)"),
+        (lambda: models.build("mlp", input_shape=(1, 8, 8), classes=0), "classes=0"),
+        (lambda: models.mlp((1, 8, 8), 2, hidden=(3, 0)), r"got \(3, 0\)"),
+    ],
+)
+def test_errors_say_what_was_wanted(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
