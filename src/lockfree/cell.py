@@ -1,7 +1,6 @@
 """One block with everything that it learns with."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,6 @@ from lockfree.chain import Block
 from lockfree.rule import Context, Needs, Place, Rule
 from lockfree.stash import Call, Stash, call_from, call_state
 from lockfree.values import Credit, Values, as_leaves, batch_size, carriers, carrying, detach, mark
-
-OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(slots=True)
@@ -29,18 +26,20 @@ class _Visit:
 
 
 class Cell:
-    """A block, its auxiliary network, their optimizers, and the batches that it is working on.
+    """A block, its auxiliary network, and the batches that it is working on.
 
     Args:
         place: Where the cell stands.
         block: The piece of the user's model.
         rule: How the block gets its credit.
         auxiliary: What `Rule.build` made, or ``None``.
-        parameters: The block's trainable parameters that this cell owns.
-        optimizer: Makes the block's optimizer.
-        auxiliary_optimizer: Makes the auxiliary network's optimizer.
-        reports: Whether the cell below wants dL/dx.
+        joined: Whether the borders (below, above) are left uncut, because exact credit crosses them within the tick. Above the top
+            cell this is the border to the loss.
+        reports: Whether the cell below wants dL/dx as a message.
         overlaps: Whether the weights (of the block, of the auxiliary network) may change between a call and its gradient.
+
+    Attributes:
+        learnt: Whether (the block, the auxiliary network) has gathered gradients in this tick.
     """
 
     def __init__(
@@ -50,19 +49,15 @@ class Cell:
         block: Block,
         rule: Rule,
         auxiliary: nn.Module | None,
-        parameters: list[nn.Parameter],
-        optimizer: OptimizerFactory,
-        auxiliary_optimizer: OptimizerFactory,
+        joined: tuple[bool, bool],
         reports: bool,
         overlaps: tuple[bool, bool],
     ) -> None:
         self.place, self.block, self.rule, self.auxiliary, self.reports = place, block, rule, auxiliary, reports
+        self.joined_below, self.joined_above = joined
         self.needs = rule.needs(place)
         self.auxiliary_needs = rule.auxiliary_needs(place)
-        trained = [parameter for parameter in auxiliary.parameters() if parameter.requires_grad] if auxiliary else []
-        self.parameters = parameters
-        self.optimizer = optimizer(parameters) if parameters else None
-        self.auxiliary_optimizer = auxiliary_optimizer(trained) if trained else None
+        self.learnt = [False, False]
         self._block_stash = Stash(block) if overlaps[0] else None
         self._auxiliary_stash = Stash(auxiliary) if overlaps[1] and auxiliary else None
         self._visits: dict[int, _Visit] = {}
@@ -73,8 +68,8 @@ class Cell:
     # ---- the three actions -------------------------------------------------------------------------------------------------
 
     def forward(self, batch: int, inputs: Values, target: Any) -> Values:
-        """F: runs the block on one batch and returns what crosses its upper border, detached."""
-        if not self.reports:
+        """F: runs the block on one batch and returns what crosses its upper border, detached unless it is joined."""
+        if not (self.reports or self.joined_below):
             inputs = detach(inputs)  # nobody asks for dL/dx, so autograd need not compute it
         context = Context(self.place, self.auxiliary, inputs, (), batch_size(inputs))
         if self.needs >= Needs.TARGET:
@@ -98,21 +93,25 @@ class Cell:
                 made = run()
         visit.made = carriers(made)
         context.outputs = tuple(tensor.detach() for tensor in visit.made)
+        if self.joined_above:
+            return made
         # Whoever is above reads values that are cut off this graph, marked where they carry credit.
         return as_leaves(detach(made), made)
 
     def learn(self, batch: int, above: Credit | None, error: Credit | None) -> Credit | None:
-        """L: takes the credit of one batch, steps the block, and returns dL/dx for the cell below (``None``: not yet)."""
+        """L: takes the credit of one batch, gathers the block's gradients, and returns dL/dx (``None``: not yet)."""
         visit = self._visits[batch]
         visit.context.above, visit.context.error = above, error
-        with _full_precision(visit.made):
-            credit = self._credit(visit, None)
-            visit.learnt = True
-            message = None
-            if credit is not None:
-                message = self._backward(visit, credit)
-                self._step()
-        visit.made = ()
+        if self.joined_above:  # whoever is above has differentiated through this block
+            self.learnt[0] = True
+        else:
+            with full_precision(_device_type(visit.made)):
+                credit = self._credit(visit, None)
+                if credit is not None:
+                    _backward(visit.made, credit)
+            self.learnt[0] = credit is not None
+        message = tuple(x.grad for x in carriers(visit.context.inputs)) if self.reports else None
+        visit.made, visit.learnt = (), True
         if self.auxiliary_needs is None:
             self._close(batch)
         else:
@@ -131,23 +130,6 @@ class Cell:
         with self._auxiliary_stash.record() as visit.auxiliary_call:
             return run()
 
-    def _backward(self, visit: _Visit, credit: Credit) -> Credit | None:
-        pairs = [(y, given) for y, given in zip(visit.made, credit, strict=True) if given is not None]
-        if pairs:
-            outputs, gradients = zip(*[(y, given.to(y.dtype)) for y, given in pairs], strict=True)
-            torch.autograd.backward(outputs, gradients)
-        if not self.reports:
-            return None
-        return tuple(x.grad for x in carriers(visit.context.inputs))
-
-    def _step(self) -> None:
-        if self._block_stash is not None:
-            self._block_stash.before_update()
-        if self.optimizer is not None:
-            self.optimizer.step()
-            for parameter in self.parameters:
-                parameter.grad = None
-
     def learn_auxiliary(self, batch: int, above: Credit | None, error: Credit | None) -> Tensor | None:
         """A: the truth about one batch has arrived; the auxiliary network learns from it and returns its own loss."""
         visit = self._visits[batch]
@@ -155,15 +137,18 @@ class Cell:
         context.target, context.above, context.error = visit.target, above, error
         loss = None
         if context.memo is not None:
-            with _full_precision(context.outputs):
+            with full_precision(_device_type(context.outputs)):
                 loss = self.rule.learn(context)
-                if self._auxiliary_stash is not None:
-                    self._auxiliary_stash.before_update()
-                if self.auxiliary_optimizer is not None:
-                    self.auxiliary_optimizer.step()
-                    self.auxiliary_optimizer.zero_grad(set_to_none=True)
+            self.learnt[1] = True
         self._close(batch)
-        return None if loss is None else loss.detach()
+        return loss
+
+    def before_update(self) -> None:
+        """Keeps, before the weights change at the end of a tick, those that calls in flight ran with."""
+        for learnt, stash in zip(self.learnt, (self._block_stash, self._auxiliary_stash), strict=True):
+            if learnt and stash is not None:
+                stash.before_update()
+        self.learnt = [False, False]
 
     # ---- what is in flight -------------------------------------------------------------------------------------------------
 
@@ -180,21 +165,17 @@ class Cell:
             self._auxiliary_stash.release(visit.auxiliary_call)
 
     def clear(self) -> None:
-        """Forgets every batch in flight, and gradients that a failed step left behind."""
+        """Forgets every batch in flight."""
         self._visits.clear()
+        self.learnt = [False, False]
         for stash in (self._block_stash, self._auxiliary_stash):
             if stash is not None:
                 stash.clear()
-        for optimizer in (self.optimizer, self.auxiliary_optimizer):
-            if optimizer is not None:
-                optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that the user's model does not hold: auxiliary network, optimizers, batches in flight."""
+        """Returns what the user's model does not hold: the auxiliary network and the batches in flight."""
         parts = {
             "auxiliary": self.auxiliary,
-            "optimizer": self.optimizer,
-            "auxiliary_optimizer": self.auxiliary_optimizer,
             "block_stash": self._block_stash,
             "auxiliary_stash": self._auxiliary_stash,
         }
@@ -209,10 +190,6 @@ class Cell:
         self.clear()
         if self.auxiliary is not None:
             self.auxiliary.load_state_dict(state["auxiliary"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        if self.auxiliary_optimizer is not None:
-            self.auxiliary_optimizer.load_state_dict(state["auxiliary_optimizer"])
         if self._block_stash is not None:
             self._block_stash.load_state_dict(state["block_stash"])
         if self._auxiliary_stash is not None:
@@ -233,6 +210,13 @@ class Cell:
         return visit
 
 
+def _backward(made: tuple[Tensor, ...], credit: Credit) -> None:
+    """Takes the gradients of parameters and inputs, where there is credit."""
+    pairs = [(y, given) for y, given in zip(made, credit, strict=True) if given is not None]
+    if pairs:
+        torch.autograd.backward([y for y, _ in pairs], [given.to(y.dtype) for y, given in pairs])
+
+
 def _visit_state(visit: _Visit) -> dict[str, Any]:
     context = visit.context
     inputs = None if visit.learnt else context.inputs
@@ -250,11 +234,14 @@ def _visit_state(visit: _Visit) -> dict[str, Any]:
     }
 
 
-def _full_precision(outputs: tuple[Tensor, ...]) -> Any:
+def full_precision(device_type: str) -> AbstractContextManager:
     """Leaves the ambient autocast: gradients are taken, and auxiliary networks run, in the precision of their tensors."""
-    device_type = outputs[0].device.type if outputs else "cpu"
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     # Weights change below, so autocast's copies of them in low precision are stale from here on.
     torch.clear_autocast_cache()
     return torch.autocast(device_type, enabled=False)
+
+
+def _device_type(tensors: tuple[Tensor, ...]) -> str:
+    return tensors[0].device.type if tensors else "cpu"

@@ -81,36 +81,12 @@ class Chain:
         else:
             names = names_for(model, blocks)
         self.blocks = _blocks(model, names, strict=isinstance(blocks, Sequence))
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __repr__(self) -> str:
         return f"Chain({' | '.join(block.name or type(self.model).__name__ for block in self.blocks)})"
-
-    def name_of(self, parameter: nn.Parameter) -> str:
-        """Returns what the user's model calls a parameter."""
-        return self._names[id(parameter)]
-
-    def owned(self) -> list[list[nn.Parameter]]:
-        """Returns the trainable parameters of each block; one that several blocks share belongs to the lowest."""
-        seen: set[int] = set()
-        groups = []
-        for block in self.blocks:
-            mine = [p for p in block.parameters() if p.requires_grad and id(p) not in seen]
-            seen.update(map(id, mine))
-            groups.append(mine)
-        return groups
-
-    def shared(self) -> list[nn.Parameter]:
-        """Returns the trainable parameters that more than one block uses."""
-        uses: dict[int, list[nn.Parameter]] = {}
-        for block in self.blocks:
-            for parameter in block.parameters():
-                if parameter.requires_grad:
-                    uses.setdefault(id(parameter), []).append(parameter)
-        return [same[0] for same in uses.values() if len(same) > 1]
 
     def rehearse(self, example_input: Values, reports: Sequence[bool] | None = None) -> list[Values]:
         """Runs an example batch through the blocks in evaluation mode, and changes nothing.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lockfree import rules
-from lockfree.cell import Cell, OptimizerFactory
+from lockfree.cell import Cell
 from lockfree.chain import Chain
 from lockfree.choose import choose
 from lockfree.executors import EXECUTORS, Assembly, Executor, Flight
@@ -20,6 +20,9 @@ from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.rule import Needs, Place, Rule, Site, locks
 from lockfree.schedule import SCHEDULES, Kind, Schedule
 from lockfree.values import Values, batch_size, detach, tensors
+
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +112,7 @@ class Learner:
 
     def _clear(self) -> None:
         self._first = self.steps
-        self._assembly.flights.clear()
-        for part in [*self._assembly.cells, *self._assembly.links]:
-            part.clear()
+        self._assembly.clear()
 
     def _check_batch(self, x: Values, y: Any) -> None:
         """Refuses what cannot be learnt from before anything is; targets of a new kind are tried on the loss first."""
@@ -160,9 +161,14 @@ class Learner:
         return self._assembly.cells
 
     @property
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The blocks' optimizers, bottom to top; attach learning-rate schedulers here."""
-        return [cell.optimizer for cell in self._assembly.cells if cell.optimizer is not None]
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What the user's factory made; attach a learning-rate scheduler here."""
+        return self._assembly.optimizer
+
+    @property
+    def auxiliary_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer of the auxiliary networks, if any learn."""
+        return self._assembly.auxiliary_optimizer
 
     # ---- keeping -------------------------------------------------------------------------------------------------------------
 
@@ -185,6 +191,8 @@ class Learner:
             "steps": self.steps,
             "first": self._first,
             "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "auxiliary_optimizer": self.auxiliary_optimizer and self.auxiliary_optimizer.state_dict(),
             "cells": [cell.state_dict() for cell in self._assembly.cells],
             "links": [link.state_dict() for link in self._assembly.links],
             "flights": flights,
@@ -202,6 +210,9 @@ class Learner:
         state = _snapshot(state)  # optimizers and links keep what they are given
         self.model.load_state_dict(state["model"])
         self._clear()
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.auxiliary_optimizer is not None:
+            self.auxiliary_optimizer.load_state_dict(state["auxiliary_optimizer"])
         self.steps, self._first = state["steps"], state["first"]
         for part, saved in zip(self._assembly.cells, state["cells"], strict=True):
             part.load_state_dict(saved)
@@ -212,7 +223,7 @@ class Learner:
         set_rng(state["rng"])
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        missing = {"of", "model", "cells", "links", "flights", "rng"} - set(state)
+        missing = {"of", "model", "optimizer", "cells", "links", "flights", "rng"} - set(state)
         if missing:
             raise ValueError(f"this is not a learner's state: it lacks {', '.join(sorted(missing))}")
         for what, mine in self._same.items():
@@ -258,7 +269,7 @@ def convert(
         model: Its forward takes one object, a tensor or a tree of tensors whose first dimension is the batch.
         rule: How blocks get their credit: a `Rule`, or its command-line name.
         loss: Maps (output, targets) to a scalar, a mean over the batch.
-        optimizer: Maps a list of parameters to an optimizer; called once for each block.
+        optimizer: Maps the list of the model's trainable parameters to an optimizer.
         blocks: ``None``: the children. A number K: K pieces of about equal activation memory. A list of names: a new block
             begins at each of these modules.
         example_input: A small batch, such as ``x[:2]``; needed by rules with auxiliary networks and for a number of blocks.
@@ -271,8 +282,8 @@ def convert(
         The learner.
 
     Raises:
-        ValueError: If the model cannot be cut there, has nothing to train, shares a parameter between blocks that learn apart,
-            or the rule cannot serve this model or schedule.
+        ValueError: If the model cannot be cut there, has nothing to train, or the
+            rule cannot serve this model or schedule.
         TypeError: If an argument is of the wrong kind.
 
     Example:
@@ -294,14 +305,16 @@ def convert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     chain = Chain(model, blocks, example_input=example_input)
-    if not any(chain.owned()):
+    trained = _trained(model)
+    if not trained:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
     all_links = links_between(len(chain), links)
     plan = _plan(rule, len(chain), schedule, all_links)
-    _refuse_torn_parameters(chain, plan)
-    cells = _make_cells(chain, rule, plan, example_input, optimizer, auxiliary_optimizer or rule.auxiliary_optimizer)
+    cells = _make_cells(chain, rule, plan, example_input)
+    helping = [parameter for cell in cells if cell.auxiliary is not None for parameter in _trained(cell.auxiliary)]
+    make_auxiliary = auxiliary_optimizer or rule.auxiliary_optimizer
     same = {"rule": repr(rule), "cut": repr(chain), "schedule": f"{plan.name}, delays {list(plan.delays)}"}
-    assembly = Assembly(cells, all_links, Objective(loss))
+    assembly = Assembly(cells, all_links, Objective(loss), optimizer(trained), make_auxiliary(helping) if helping else None)
     return Learner(chain, rule, plan, choose(EXECUTORS, executor, "executor")(), assembly, same)
 
 
@@ -316,49 +329,29 @@ def _plan(rule: Rule, cells: int, schedule: str, all_links: Sequence[Link]) -> S
     )
 
 
-def _make_cells(
-    chain: Chain,
-    rule: Rule,
-    plan: Schedule,
-    example_input: Values | None,
-    optimizer: OptimizerFactory,
-    auxiliary_optimizer: OptimizerFactory,
-) -> list[Cell]:
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _make_cells(chain: Chain, rule: Rule, plan: Schedule, example_input: Values | None) -> list[Cell]:
     """Builds the auxiliary networks and puts the cells together."""
     count = len(chain)
-    reports = [i > 0 and Needs.ABOVE in (plan.needs[i - 1], plan.auxiliary[i - 1]) for i in range(count)]
-    rehearsal = None if example_input is None else chain.rehearse(example_input, reports)
-    owned = chain.owned()
-    cells = []
-    for index, block in enumerate(chain.blocks):
-        place = Place(index, count)
-        cells.append(
-            Cell(
-                place=place,
-                block=block,
-                rule=rule,
-                auxiliary=rule.build(Site(place=place, block=block, rehearsal=rehearsal)),
-                parameters=owned[index],
-                optimizer=optimizer,
-                auxiliary_optimizer=auxiliary_optimizer,
-                reports=reports[index],
-                overlaps=(plan.overlaps(index, Kind.LEARN), plan.overlaps(index, Kind.AUXILIARY)),
-            )
+    places = [Place(index, count) for index in range(count)]
+    # Exact credit needs no cut; the loss joins the top block unless its error is broadcast as well.
+    broadcast = Needs.ERROR in (*plan.needs, *plan.auxiliary)
+    joins = [(not broadcast if place.top else plan.joins(place.index)) and rule.passes_on(place) for place in places]
+    wanted = [Needs.ABOVE in (plan.needs[i], plan.auxiliary[i]) for i in range(count)]  # dL/dx of the block above i
+    below_wants = [False, *wanted[:-1]]
+    rehearsal = None if example_input is None else chain.rehearse(example_input, below_wants)
+    return [
+        Cell(
+            place=place,
+            block=block,
+            rule=rule,
+            auxiliary=rule.build(Site(place=place, block=block, rehearsal=rehearsal)),
+            joined=(i > 0 and joins[i - 1], joins[i]),
+            reports=below_wants[i] and not joins[i - 1],
+            overlaps=(plan.overlaps(i, Kind.LEARN), plan.overlaps(i, Kind.AUXILIARY)),
         )
-    return cells
-
-
-def _refuse_torn_parameters(chain: Chain, plan: Schedule) -> None:
-    """A parameter that several blocks share is stepped once, by the lowest of them; all must have learnt by then.
-
-    Raises:
-        ValueError: If the blocks learn apart, so that part of the gradient would be missing.
-    """
-    order = {action.cell: position for position, action in enumerate(plan.tick(0, 0, 0)) if action.kind is Kind.LEARN}
-    for parameter in chain.shared():
-        users = [i for i, block in enumerate(chain.blocks) if any(p is parameter for p in block.parameters())]
-        if any(user not in order or order[user] > order.get(users[0], -1) for user in users):
-            raise ValueError(
-                f"parameter '{chain.name_of(parameter)}' is shared by blocks {users}, which learn at different times: untie it, cut "
-                "so that one block holds all its uses, or choose a rule and schedule in which they learn together (backprop)"
-            )
+        for i, (place, block) in enumerate(zip(places, chain.blocks, strict=True))
+    ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lockfree.chain import output_tensors
-from lockfree.values import Credit, Values, as_leaves, detach, tensors
+from lockfree.values import Credit, Values, as_leaves, carriers, detach, tensors
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -33,17 +33,16 @@ class Objective:
         self._loss = loss
 
     def __call__(self, outputs: Values, target: Any) -> tuple[Tensor, Credit]:
-        """Returns the loss and its gradient for each tensor of the output, shape of that tensor.
+        """Returns the loss and the error, its gradient for each tensor of the output, shape of that tensor.
 
         Raises:
             ValueError: If the targets do not fit the output.
         """
         leaves = as_leaves(detach(outputs), outputs)
-        with torch.enable_grad():
-            loss = self.evaluate(leaves, target)
-        carrying = [leaf for leaf in tensors(leaves) if leaf.requires_grad]
+        loss = self.evaluate(leaves, target)
+        carrying = carriers(leaves)
         if not loss.requires_grad:
-            return loss.detach(), (None,) * len(carrying)
+            return loss, (None,) * len(carrying)
         return loss.detach(), torch.autograd.grad(loss, carrying, allow_unused=True)
 
     def evaluate(self, outputs: Values, target: Any) -> Tensor:

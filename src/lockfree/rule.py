@@ -162,6 +162,10 @@ class Rule(ABC):
     def credit(self, context: Context) -> Credit | None:
         """Returns a gradient for each tensor of ``context.outputs``, or ``None``: not yet."""
 
+    def passes_on(self, place: Place) -> bool:
+        """Whether the credit here is exactly what the block above reports, so that the engine may leave the border uncut."""
+        return False
+
     def auxiliary_needs(self, place: Place) -> Needs | None:
         """What the auxiliary network must have received before *it* may learn; ``None`` if there is nothing that learns."""
         return None
@@ -171,7 +175,7 @@ class Rule(ABC):
         return None
 
     def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Makes the optimizer of one auxiliary network."""
+        """Makes the optimizer of the auxiliary networks."""
         return torch.optim.Adam(parameters)
 
     def run(self, block: nn.Module, auxiliary: nn.Module | None, inputs: Values) -> Values:

@@ -48,7 +48,8 @@ class Schedule:
     l_i = \begin{cases} f_i & \text{needs} \le \text{TARGET} \\ f_{n-1} + \sum_{j \ge i} d_j & \text{ERROR} \\
     l_{i+1} + d_i & \text{ABOVE} \end{cases}$$
 
-    and its auxiliary network likewise. Within a tick a cell runs forward first, then learns, then its auxiliary network learns.
+    and its auxiliary network likewise. Within a tick a cell runs forward first, then learns, then its auxiliary network learns;
+    so nothing in the tick reads weights that learnt in it, and they are all stepped at its end.
 
     Args:
         name: What the user calls it.
@@ -125,6 +126,11 @@ class Schedule:
             yield Action(top, Kind.FORWARD, batch)
         if cell != top and needs == Needs.ABOVE:
             yield Action(cell + 1, Kind.LEARN, batch)
+
+    def joins(self, cell: int) -> bool:
+        """Whether a block learns in the tick in which it and the one above run, so that one graph can span both."""
+        above = cell + 1 < self.cells and self.needs[cell] == Needs.ABOVE and not self.overlaps(cell, Kind.LEARN)
+        return above and self._offset[cell, Kind.LEARN] == self._offset[cell + 1, Kind.LEARN]
 
     def overlaps(self, cell: int, kind: Kind) -> bool:
         """Whether weights may change between a call and its use: of the block before L, of the auxiliary network before A."""

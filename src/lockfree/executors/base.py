@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lockfree.cell import Cell
@@ -22,8 +23,8 @@ class Flight:
         inputs: The batch, until the bottom cell has taken it.
         target: Its targets.
         remaining: Actions still to come.
-        error: dL/d(model output), once the top cell has run forward.
-        loss: The loss, once the top cell has run forward.
+        error: dL/d(model output), once the top cell has run forward; never if the loss is joined to the top block.
+        loss: The loss, with the graph of what it is joined to, between the top cell's forward and its learning.
     """
 
     inputs: Values
@@ -41,13 +42,50 @@ class Assembly:
         cells: Bottom to top.
         links: Link i joins cell i and cell i + 1.
         objective: The loss above the top cell.
+        optimizer: Steps the weights of the blocks.
+        auxiliary_optimizer: Steps the weights of the auxiliary networks, if any learn.
         flights: The batches in flight, by number.
     """
 
     cells: list[Cell]
     links: list[Link]
     objective: Objective
+    optimizer: torch.optim.Optimizer
+    auxiliary_optimizer: torch.optim.Optimizer | None
     flights: dict[int, Flight] = field(default_factory=dict)
+
+    def update(self) -> None:
+        """Ends a tick: what learnt is stepped, all at once.
+
+        No action reads weights that learnt earlier in the same tick, so this equals stepping each block at once; it costs one
+        optimizer call instead of one a block, it serves parameters that blocks share, and a tick that fails has changed nothing.
+        """
+        block_learnt = any(cell.learnt[0] for cell in self.cells)
+        auxiliary_learnt = any(cell.learnt[1] for cell in self.cells)
+        for cell in self.cells:
+            cell.before_update()
+        if block_learnt:
+            self.optimizer.step()
+            drop_gradients(self.optimizer)
+        if auxiliary_learnt and self.auxiliary_optimizer is not None:
+            self.auxiliary_optimizer.step()
+            drop_gradients(self.auxiliary_optimizer)
+
+    def clear(self) -> None:
+        """Forgets everything in flight, and gradients that a failed tick left behind."""
+        self.flights.clear()
+        for part in [*self.cells, *self.links]:
+            part.clear()
+        for optimizer in (self.optimizer, self.auxiliary_optimizer):
+            if optimizer is not None:
+                drop_gradients(optimizer)
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Does what ``zero_grad`` does, without its bookkeeping."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 @dataclass(slots=True)
@@ -68,8 +106,8 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
-        """Runs the actions and returns what they brought to light.
+        """Runs the actions of one tick, updates the weights at its end, and returns what came to light.
 
         Raises:
-            Diverged: If a loss is not finite; blocks that had not learnt yet are unchanged.
+            Diverged: If a loss is not finite; no weight has changed then.
         """

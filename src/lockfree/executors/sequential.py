@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lockfree.cell import Cell
+from lockfree.cell import Cell, full_precision
 from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.objective import Diverged, is_finite
 from lockfree.rule import Needs
@@ -22,9 +22,7 @@ class Sequential(Executor):
             if kind is Kind.FORWARD:
                 _forward(assembly, cell, batch, outcome)
             elif kind is Kind.LEARN:
-                message = cell.learn(batch, *_credit_for(assembly, cell, cell.needs, batch))
-                if cell.reports:
-                    assembly.links[index - 1].send(batch, message)
+                _learn(assembly, cell, batch)
             else:
                 loss = cell.learn_auxiliary(batch, *_credit_for(assembly, cell, cell.auxiliary_needs, batch))
                 if loss is not None:
@@ -32,21 +30,41 @@ class Sequential(Executor):
             flight.remaining -= 1
             if not flight.remaining:
                 del assembly.flights[batch]
+        assembly.update()
         return outcome
 
 
 def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
     flight, index = assembly.flights[batch], cell.place.index
     inputs = assembly.links[index - 1].take(batch) if index else flight.inputs
-    flight.inputs = None if not index else flight.inputs
+    flight.inputs = None
     outputs = cell.forward(batch, inputs, flight.target)
     if not cell.place.top:
         assembly.links[index].lift(batch, outputs)
         return
-    flight.loss, flight.error = assembly.objective(outputs, flight.target)
-    if not is_finite(flight.loss):
+    if cell.joined_above:
+        flight.loss = assembly.objective.evaluate(outputs, flight.target)
+    else:
+        flight.loss, flight.error = assembly.objective(outputs, flight.target)
+    outcome.losses[batch] = flight.loss.detach()
+    if not is_finite(outcome.losses[batch]):
         raise Diverged(_where_it_broke(assembly, batch, flight.loss))
-    outcome.losses[batch] = flight.loss
+
+
+def _learn(assembly: Assembly, cell: Cell, batch: int) -> None:
+    above = error = None
+    if not cell.joined_above:
+        above, error = _credit_for(assembly, cell, cell.needs, batch)
+    elif cell.place.top:
+        flight = assembly.flights[batch]
+        assert flight.loss is not None, "the top cell runs forward before it learns"
+        if flight.loss.requires_grad:
+            with full_precision(flight.loss.device.type):
+                flight.loss.backward()
+        flight.loss = None
+    message = cell.learn(batch, above, error)
+    if cell.reports:
+        assembly.links[cell.place.index - 1].send(batch, message)
 
 
 def _credit_for(assembly: Assembly, cell: Cell, needs: Needs | None, batch: int) -> tuple[Credit | None, Credit | None]:

@@ -34,5 +34,8 @@ class Backprop(Rule):
     def needs(self, place: Place) -> Needs:
         return Needs.ABOVE
 
+    def passes_on(self, place: Place) -> bool:
+        return True
+
     def credit(self, context: Context) -> Credit | None:
         return context.above

@@ -53,5 +53,8 @@ class FeedbackAlignment(Rule):
         with routed(block, auxiliary):
             return block(inputs)
 
+    def passes_on(self, place: Place) -> bool:
+        return True
+
     def credit(self, context: Context) -> Credit | None:
         return context.above

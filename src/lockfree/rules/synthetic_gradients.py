@@ -17,7 +17,7 @@ class SyntheticGradients(Rule):
     r"""A synthesiser M predicts the credit from the block's own output, and learns from what the block above reports.
 
     $$\hat\delta_i = M_i(y_i[, c]), \qquad
-    L_{M_i} = \frac{1}{m}\sum_{n=1}^m \lVert \hat\delta_{i,n} - m\,\delta_{i,n} \rVert^2, \qquad
+    L_{M_i} = \frac{1}{2m}\sum_{n=1}^m \lVert \hat\delta_{i,n} - m\,\delta_{i,n} \rVert^2, \qquad
     \delta_i = (\partial y_{i+1}/\partial y_i)^T\, \hat\delta_{i+1}/m$$
 
     The target is bootstrapped: it is made of the next block's synthetic credit (at the top, of the loss). The synthesiser works
@@ -79,6 +79,9 @@ class SyntheticGradients(Rule):
             return Needs.ABOVE
         return Needs.TARGET if self.conditioned else Needs.NOTHING
 
+    def passes_on(self, place: Place) -> bool:
+        return not self._synthesises(place)
+
     def auxiliary_needs(self, place: Place) -> Needs | None:
         return Needs.ABOVE if self._synthesises(place) else None
 
@@ -110,18 +113,23 @@ class SyntheticGradients(Rule):
             return context.above
         assert isinstance(context.auxiliary, nn.ModuleList)
         label = context.target if self.conditioned else None
-        context.memo = [synthesiser(y, label) for synthesiser, y in zip(context.auxiliary, context.outputs, strict=True)]
-        return tuple(prediction.detach() / context.samples for prediction in context.memo)
+        predictions = [synthesiser(y, label) for synthesiser, y in zip(context.auxiliary, context.outputs, strict=True)]
+        # The last layer is affine, whose gradient does not look at its own output: the output may be rescaled where it lies.
+        credit = tuple(prediction.detach().div_(context.samples) for prediction in predictions)
+        context.memo = list(zip(predictions, credit, strict=True))
+        return credit
 
     def learn(self, context: Context) -> Tensor | None:
         if context.above is None:
             return None
-        m = context.samples
-        known = [(p, true) for p, true in zip(context.memo, context.above, strict=True) if true is not None]
-        # The gradient of the loss is 2 (prediction - truth) / m: handing it to autograd directly spares the loss's own graph.
-        differences = [p.detach() - m * true for p, true in known]
-        torch.autograd.backward([p for p, _ in known], [d * (2 / m) for d in differences])
-        return torch.stack([d.square().sum() / m for d in differences]).sum()
+        predictions, differences = [], []
+        for (prediction, credit), truth in zip(context.memo, context.above, strict=True):
+            if truth is not None:
+                predictions.append(prediction)
+                differences.append(credit.sub_(truth))
+        # dL/d(prediction) = (prediction - m truth) / m is this difference: no graph of the loss itself is needed.
+        torch.autograd.backward(predictions, differences)
+        return sum(torch.dot(d.flatten(), d.flatten()) for d in differences) * (context.samples / 2)
 
 
 class Synthesiser(nn.Module):
@@ -149,14 +157,17 @@ class Synthesiser(nn.Module):
         first, *rest = zip(widths, widths[1:], strict=False)
         place = {"dtype": like.dtype, "device": like.device}
 
-        def affine(into: int, out: int) -> nn.Module:
+        def affine(into: int, out: int, bias: bool = True) -> nn.Module:
             if self.image:
-                return nn.Conv2d(into, out, kernel_size, padding=kernel_size // 2, **place)
-            return nn.Linear(into, out, **place)
+                return nn.Conv2d(into, out, kernel_size, padding=kernel_size // 2, bias=bias, **place)
+            return nn.Linear(into, out, bias=bias, **place)
 
-        # W [x; onehot(c)] = W_x x + W_c[c]: a row of a table instead of a product with a mostly empty vector.
-        self.enter = affine(first[0] + (classes if self.image else 0), first[1])
-        self.label = nn.Embedding(classes, first[1], **place) if classes and not self.image else None
+        # W [x; onehot(c)] + b = W_x x + t[c]: the row of a table instead of a product with a mostly empty vector.
+        self.label = None
+        if classes and not self.image:
+            self.label = nn.Embedding(classes, first[1], **place)
+            nn.init.uniform_(self.label.weight, -((units + classes) ** -0.5), (units + classes) ** -0.5)
+        self.enter = affine(first[0] + (classes if self.image else 0), first[1], bias=self.label is None)
         layers: list[nn.Module] = []
         for into, out in rest:
             layers += [_normalise(like.dim(), into, place), nn.ReLU(), affine(into, out)]
@@ -181,11 +192,12 @@ class Synthesiser(nn.Module):
         if self.image and label is not None:
             planes = F.one_hot(label, self.classes).to(y.dtype)[:, :, None, None].expand(-1, -1, *y.shape[2:])
             return self.rest(self.enter(torch.cat([y, planes], dim=1)))
-        hidden = self.enter(y)
-        if self.label is not None and label is not None:
-            row = self.label(label)
-            hidden = hidden + (row if hidden.dim() == 2 else row[:, None])
-        return self.rest(hidden)
+        if self.label is None or label is None:
+            return self.rest(self.enter(y))
+        rows = self.label(label)
+        if y.dim() == 2:
+            return self.rest(torch.addmm(rows, y, self.enter.weight.t()))
+        return self.rest(self.enter(y) + rows[:, None])
 
 
 def _normalise(rank: int, width: int, place: dict) -> nn.Module:
