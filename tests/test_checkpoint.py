@@ -55,9 +55,7 @@ def tensors(draw):
     limit = 1 if dtype is torch.bool else 255
     raw = draw(st.lists(st.integers(0, limit), min_size=count, max_size=count))
     tensor = torch.tensor(raw, dtype=torch.uint8).view(dtype).reshape(shape)
-    return draw(
-        st.sampled_from([tensor, tensor.t() if len(shape) == 2 else tensor, tensor[..., ::2] if shape else tensor])
-    )
+    return draw(st.sampled_from([tensor, tensor.t() if len(shape) == 2 else tensor, tensor[..., ::2] if shape else tensor]))
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | st.text() | tensors()
@@ -71,9 +69,7 @@ TREES = st.recursive(
 )
 
 
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(state=st.dictionaries(KEYS, TREES, max_size=4))
 def test_trees_come_back_bit_for_bit(tmp_path, state):
     save(tmp_path / "c", state)

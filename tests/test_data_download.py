@@ -214,9 +214,7 @@ def small_cifar(monkeypatch, members: dict[str, bytes]) -> bytes:
     source = SOURCES["cifar10"]
     files = tuple(public(file.name, file.name.encode()) for file in source.files)
     blob = archive(members)
-    monkeypatch.setitem(
-        SOURCES, "cifar10", replace(source, files=files, archive=public("cifar-10-binary.tar.gz", blob))
-    )
+    monkeypatch.setitem(SOURCES, "cifar10", replace(source, files=files, archive=public("cifar-10-binary.tar.gz", blob)))
     return blob
 
 

@@ -55,9 +55,7 @@ def test_the_same_seed_builds_the_same_weights(name):
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
         states.append(
-            torch.cat(
-                [p.detach().flatten() for p in models.build(name, input_shape=(1, 28, 28), classes=10).parameters()]
-            )
+            torch.cat([p.detach().flatten() for p in models.build(name, input_shape=(1, 28, 28), classes=10).parameters()])
         )
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
@@ -111,9 +109,7 @@ def test_a_residual_block_that_adds_nothing_passes_on_the_input():
 def test_mlp_takes_any_hidden_layers():
     kinds = [type(layer).__name__ for layer in models.mlp((1, 2, 3), 4, hidden=(5, 6), batch_norm=False)[1]]
     assert kinds == ["Linear", "ReLU"]
-    assert (
-        parameters(models.mlp((1, 2, 3), 4, hidden=(5, 6), batch_norm=False)) == (6 + 1) * 5 + (5 + 1) * 6 + (6 + 1) * 4
-    )
+    assert parameters(models.mlp((1, 2, 3), 4, hidden=(5, 6), batch_norm=False)) == (6 + 1) * 5 + (5 + 1) * 6 + (6 + 1) * 4
     assert parameters(models.mlp((1, 2, 3), 4, hidden=(5,))) == 6 * 5 + 2 * 5 + (5 + 1) * 4
     linear = models.mlp((1, 2, 3), 4, hidden=())
     assert parameters(linear) == (6 + 1) * 4

@@ -58,9 +58,7 @@ def result(rule, accuracy, seconds, memory, locks):
 def history(epochs, accuracy=True):
     lines = []
     for epoch in range(1, epochs + 1):
-        lines += [
-            {"kind": "step", "step": 10 * (epoch - 1) + i, "epoch": epoch, "loss": 2.0 / (epoch + i)} for i in range(10)
-        ]
+        lines += [{"kind": "step", "step": 10 * (epoch - 1) + i, "epoch": epoch, "loss": 2.0 / (epoch + i)} for i in range(10)]
         last = {"kind": "epoch", "epoch": epoch, "step": 10 * epoch, "val_loss": 1.0 / epoch, "seconds": 2.0 * epoch}
         lines.append({**last, "val_accuracy": 1 - 0.5 / epoch} if accuracy else last)
     return lines

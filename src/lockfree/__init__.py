@@ -3,14 +3,16 @@
 `convert` turns any PyTorch model and a rule into a learner; `Trainer` runs it over data.
 """
 
-from lockfree import rules
+from lockfree import data, models, rules
 from lockfree.chain import Block, Chain
 from lockfree.cut import CannotCutError
 from lockfree.learner import Learner, StepResult, convert
 from lockfree.link import Link
 from lockfree.objective import Diverged
 from lockfree.rule import Card, Context, Needs, Place, Rule, Site
+from lockfree.run import Run
 from lockfree.schedule import Action, Kind, Schedule
+from lockfree.trainer import Evaluation, Summary, Trainer, evaluate
 
 __all__ = [
     "Action",
@@ -20,15 +22,22 @@ __all__ = [
     "Chain",
     "Context",
     "Diverged",
+    "Evaluation",
     "Kind",
     "Learner",
     "Link",
     "Needs",
     "Place",
     "Rule",
+    "Run",
     "Schedule",
     "Site",
     "StepResult",
+    "Summary",
+    "Trainer",
     "convert",
+    "data",
+    "evaluate",
+    "models",
     "rules",
 ]

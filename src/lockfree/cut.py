@@ -5,6 +5,7 @@ it does. The traced operations are dealt to the blocks in the order in which the
 travels through every block between. The blocks call the user's own modules and parameters; nothing is copied.
 """
 
+import contextlib
 import difflib
 import inspect
 import linecache
@@ -13,7 +14,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -113,7 +113,7 @@ def trace(model: nn.Module, leaf: Callable[[str, nn.Module], bool], begins: Call
         raise CannotCutError(_explain(model, error)) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _traceable_constructors(tracer: fx.Tracer) -> Iterator[None]:
     """Lets ``torch.arange(x.size(1))`` and its kin be traced: they accept no proxies by themselves."""
 
@@ -125,7 +125,9 @@ def _traceable_constructors(tracer: fx.Tracer) -> Iterator[None]:
 
         return construct
 
-    with mock.patch.multiple(torch, **{name: wrap(getattr(torch, name)) for name in _CONSTRUCTORS}):
+    with contextlib.ExitStack() as patches:
+        for name in _CONSTRUCTORS:
+            patches.enter_context(mock.patch.object(torch, name, wrap(getattr(torch, name))))
         yield
 
 

@@ -1,7 +1,7 @@
-"""Layers whose backward pass uses other weights than their forward pass: a registry by layer type.
+r"""Layers whose backward pass uses other weights than their forward pass: a registry by layer type.
 
-A layer $y = f(x, W)$ that is linear in x sends $\\partial L/\\partial x = J(W)^T \\delta$ down. With feedback weights B of the shape
-of W it sends $J(B)^T \\delta$ instead; everything else, the gradient of W included, stays as it is.
+A layer $y = f(x, W)$ that is linear in x sends $\partial L/\partial x = J(W)^T \delta$ down. With feedback weights B of the shape
+of W it sends $J(B)^T \delta$ instead; everything else, the gradient of W included, stays as it is.
 """
 
 from collections.abc import Callable, Iterator

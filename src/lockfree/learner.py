@@ -21,7 +21,6 @@ from lockfree.rule import Needs, Place, Rule, Site, locks
 from lockfree.schedule import SCHEDULES, Kind, Schedule
 from lockfree.values import Values, batch_size, detach, tensors
 
-
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -149,6 +148,14 @@ class Learner:
         with undisturbed(self.model), torch.no_grad():
             self.model.eval()
             return run(self.model, x)
+
+    def loss(self, outputs: Values, y: Any) -> Tensor:
+        """Returns the user's loss of a model output.
+
+        Raises:
+            ValueError: If the targets do not fit.
+        """
+        return self._assembly.objective.evaluate(outputs, y)
 
     @property
     def locks(self) -> frozenset[str]:

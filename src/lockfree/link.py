@@ -78,5 +78,7 @@ def links_between(cells: int, given: Link | Sequence[Link] | None) -> list[Link]
     if isinstance(given, Link):
         return [Link(delay=given.delay) for _ in range(cells - 1)]
     if len(given) != cells - 1:
-        raise ValueError(f"{cells} blocks have {cells - 1} links between them, got {len(given)}: pass one Link for all or a list")
+        raise ValueError(
+            f"{cells} blocks have {cells - 1} links between them, got {len(given)}: pass one Link for all or a list"
+        )
     return list(given)

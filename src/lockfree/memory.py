@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+_watching: list["ActivationMeter"] = []
+
 
 class ActivationMeter:
     """Counts saved activations: each storage once, for as long as some graph holds it, parameters and buffers left out.
@@ -29,18 +31,18 @@ class ActivationMeter:
         self.peak = 0
         self._holders: dict[int, int] = {}
         self._model = model
+        self._own: set[int] = set()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Counts what is saved inside; graphs that outlive it are still counted down when they are freed."""
-        own = {tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]}
-
-        def pack(tensor: Tensor) -> "Tensor | _Holder":
-            pointer = tensor.untyped_storage().data_ptr()
-            return tensor if pointer in own or not pointer else _Holder(tensor, pointer, self)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            yield
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]}
+        _watching.append(self)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(hold, unhold):
+                yield
+        finally:
+            _watching.remove(self)
 
     def reset(self) -> None:
         """Starts a new peak from what is alive now."""
@@ -71,5 +73,17 @@ class _Holder:
         weakref.finalize(self, meter._free, pointer, size)
 
 
-def _unpack(saved: Tensor | _Holder) -> Tensor:
+def hold(tensor: Tensor) -> Tensor | _Holder:
+    """Packs a tensor that autograd saves, so that a meter that watches counts it; others who pack tensors pass theirs on to it.
+
+    Only the innermost hooks of autograd see a tensor, so they have to help.
+    """
+    pointer = tensor.untyped_storage().data_ptr()
+    if not _watching or not pointer or pointer in _watching[-1]._own:
+        return tensor
+    return _Holder(tensor, pointer, _watching[-1])
+
+
+def unhold(saved: Tensor | _Holder) -> Tensor:
+    """Unpacks what `hold` packed."""
     return saved.tensor if isinstance(saved, _Holder) else saved

@@ -29,7 +29,9 @@ class Objective:
 
     def __init__(self, loss: Loss) -> None:
         if not callable(loss):
-            raise TypeError(f"loss must be a function of (output, target), such as torch.nn.functional.cross_entropy, got {loss!r}")
+            raise TypeError(
+                f"loss must be a function of (output, target), such as torch.nn.functional.cross_entropy, got {loss!r}"
+            )
         self._loss = loss
 
     def __call__(self, outputs: Values, target: Any) -> tuple[Tensor, Credit]:

@@ -231,9 +231,7 @@ def _chart(y: str, x: str, curves: Sequence[Sequence[_Point]]) -> dict[str, Any]
         "y": y,
         "x": x,
         "x_ticks": [(100 * t / right, _short(t)) for t in x_ticks if 0 <= t <= right * 1.001],
-        "y_ticks": [
-            (100 * (t - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), _short(10**t if decades else t, y)) for t in y_ticks
-        ],
+        "y_ticks": [(100 * (t - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), _short(10**t if decades else t, y)) for t in y_ticks],
         "lines": [_path([place(*point) for point in curve]) for curve in curves],
         "dots": [[place(*p) for p in curve if p[1] is not None] if len(curve) <= 30 else [] for curve in curves],
     }
@@ -241,9 +239,7 @@ def _chart(y: str, x: str, curves: Sequence[Sequence[_Point]]) -> dict[str, Any]
 
 def _path(places: Sequence[str | None]) -> str:
     """An SVG path through the places, broken where there is none."""
-    parts = [
-        f"{'L' if before else 'M'}{place}" for before, place in zip([None, *places], places, strict=False) if place
-    ]
+    parts = [f"{'L' if before else 'M'}{place}" for before, place in zip([None, *places], places, strict=False) if place]
     return "".join(parts)
 
 
@@ -293,6 +289,4 @@ def _linked(text: str) -> Any:
         return f'<a href="{target}">{match[0]}</a>'
 
     # The pattern runs over escaped text, in which an address can hold no quote or angle bracket of its own.
-    return Markup(
-        re.sub(r"https?://[^\s<>{}&]*[^\s<>{}&.,;)]|arXiv:(?P<arxiv>\d{4}\.\d{4,5}(v\d+)?)", link, str(escape(text)))
-    )
+    return Markup(re.sub(r"https?://[^\s<>{}&]*[^\s<>{}&.,;)]|arXiv:(?P<arxiv>\d{4}\.\d{4,5}(v\d+)?)", link, str(escape(text))))

@@ -88,7 +88,9 @@ class Site:
 
     def _rehearsed(self) -> Sequence[Values]:
         if self.rehearsal is None:
-            raise ValueError("this rule sizes its auxiliary networks by an example: pass example_input, a small batch such as x[:2]")
+            raise ValueError(
+                "this rule sizes its auxiliary networks by an example: pass example_input, a small batch such as x[:2]"
+            )
         return self.rehearsal
 
 

@@ -75,17 +75,24 @@ class Run:
             ValueError: If the folder holds a run or anything else; nothing in it is touched then.
         """
         folder = Path(folder)
-        if (folder / _CONFIG).exists():
-            raise ValueError(
-                f"{folder} holds another run ({_describe(folder)}): choose another --out, or go on with --resume"
-            )
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is not an empty folder and holds no run: choose another --out, or empty it")
+        cls.refuse_taken(folder)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         content = _dumps({**config, "lockfree": version(), "started": started}, indent=2)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_atomically(folder / _CONFIG, content + "\n")
         return cls(folder, _loads(content))
+
+    @staticmethod
+    def refuse_taken(folder: Path) -> None:
+        """Refuses a folder in which `create` could not begin a run.
+
+        Raises:
+            ValueError: If the folder holds a run or anything else.
+        """
+        if (folder / _CONFIG).exists():
+            raise ValueError(f"{folder} holds another run ({_describe(folder)}): choose another --out, or go on with --resume")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not an empty folder and holds no run: choose another --out, or empty it")
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
@@ -184,9 +191,7 @@ class Run:
             ValueError: If `step` or `keep` is out of range.
         """
         if step < 0 or keep < 1:
-            raise ValueError(
-                f"got step={step} and keep={keep}: a step is at least 0, and at least 1 checkpoint is kept"
-            )
+            raise ValueError(f"got step={step} and keep={keep}: a step is at least 0, and at least 1 checkpoint is kept")
         path = self._checkpoint(step)
         checkpoint.save(path, state)
         kept = [known for known in self._steps() if known <= step][:keep]

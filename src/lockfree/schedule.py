@@ -198,7 +198,7 @@ def pipelined(needs: tuple[Needs, ...], auxiliary: tuple[Needs | None, ...], del
     for cell, (need, delay) in enumerate(zip(needs[:-1], delays, strict=True)):
         if need >= Needs.ERROR and delay < 1:
             raise ValueError(
-                f"the pipelined schedule cannot serve block {cell}, which needs {need.name}: it would wait for the blocks above; "
+                f"the pipelined schedule cannot serve block {cell}, which needs {need.name}: it would wait for those above; "
                 'accept late credit with links=Link(delay=1), choose a rule that needs TARGET at most, or schedule="lockstep"'
             )
     return Schedule("pipelined", needs, auxiliary, delays, hop=1)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lockfree.memory import hold, unhold
 from lockfree.rng import get_rng, set_rng
 
 
@@ -25,7 +26,7 @@ class _Saved:
     version: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Stash:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._weights = list(module.parameters())
+        self._weights: list[Tensor] = list(module.parameters())
         self._version = 0
         self._live: Counter[int] = Counter()
         self._kept: dict[int, list[Tensor]] = {}
@@ -63,15 +64,15 @@ class Stash:
         call = call or Call(self._version, get_rng(), _ambient_autocast(self._weights))
         by_storage = {weight.untyped_storage().data_ptr(): index for index, weight in enumerate(self._weights)}
 
-        def pack(tensor: Tensor) -> Tensor | _Saved:
+        def pack(tensor: Tensor) -> Any:
             weight = by_storage.get(tensor.untyped_storage().data_ptr())
             if weight is None:
-                return tensor
+                return hold(tensor)
             return _Saved(weight, call.version, tensor.size(), tensor.stride(), tensor.storage_offset())
 
-        def unpack(saved: Tensor | _Saved) -> Tensor:
-            if isinstance(saved, Tensor):
-                return saved
+        def unpack(saved: Any) -> Tensor:
+            if not isinstance(saved, _Saved):
+                return unhold(saved)
             weights = self._kept.get(saved.version, self._weights)
             return weights[saved.weight].detach().as_strided(saved.size, saved.stride, saved.offset)
 

@@ -1,6 +1,5 @@
 """The data sets by name: load one, or see which are there."""
 
-import difflib
 import importlib.resources
 import logging
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from lockfree.choose import unknown
 from lockfree.data.dataset import Dataset, Split, standardised
 from lockfree.data.formats import check_labels, decompressed, parse_cifar10, parse_idx
 from lockfree.data.sources import SOURCES, Source, data_root
@@ -58,9 +58,7 @@ def load(name: str, *, root: str | Path | None = None) -> Dataset:
         torch.Size([1437, 1, 8, 8])
     """
     if name not in _LOADERS:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown data set {name!r}: {hint}choose one of {', '.join(names())}")
+        raise unknown("data set", name, names())
     return _LOADERS[name](data_root(root))
 
 
@@ -119,9 +117,7 @@ def available(root: str | Path | None = None) -> list[Available]:
         _EMBEDDED_TEST,
         SOURCES["fashion-mnist"].licence,
     )
-    digits = Available(
-        "digits", "embedded", "scikit-learn", _DIGITS_TRAIN, _DIGITS_TEST, "CC BY 4.0, Alpaydin and Kaynak"
-    )
+    digits = Available("digits", "embedded", "scikit-learn", _DIGITS_TRAIN, _DIGITS_TEST, "CC BY 4.0, Alpaydin and Kaynak")
     lines = [digits]
     for name, source in SOURCES.items():
         found = any(source.present(folder))
@@ -241,9 +237,7 @@ def _dataset(
     name: str, train: _Samples, test: _Samples, classes: tuple[str, ...], source: str, *, brightest: int = 255
 ) -> Dataset:
     inputs, held_out = standardised(train[0], test[0], brightest=brightest)
-    return Dataset(
-        name=name, train=Split(inputs, train[1]), test=Split(held_out, test[1]), classes=classes, source=source
-    )
+    return Dataset(name=name, train=Split(inputs, train[1]), test=Split(held_out, test[1]), classes=classes, source=source)
 
 
 def _counts(train: _Samples, test: _Samples) -> str:

@@ -77,9 +77,7 @@ def fetch(
 
 def _wrong_files(source: Source, root: Path) -> list[PublicFile]:
     return [
-        file
-        for file, path in zip(source.files, source.present(root), strict=True)
-        if path is None or not _right(file, path)
+        file for file, path in zip(source.files, source.present(root), strict=True) if path is None or not _right(file, path)
     ]
 
 

@@ -69,9 +69,7 @@ def decompressed(blob: bytes, name: str) -> tuple[bytes, bool]:
         try:
             parts.append(stream.decompress(blob))
         except (zlib.error, lzma.LZMAError) as error:
-            raise ValueError(
-                f"{name}: the compressed data is damaged ({error}); delete it and fetch it anew"
-            ) from error
+            raise ValueError(f"{name}: the compressed data is damaged ({error}); delete it and fetch it anew") from error
         if not stream.eof:
             return b"".join(parts), False
         blob = stream.unused_data
@@ -139,8 +137,7 @@ def parse_idx(content: bytes, name: str, *, whole: bool = True) -> UInt8[Tensor,
     expected = start + math.prod(shape)
     if len(content) != expected or not whole:
         raise ValueError(
-            f"{name}: expected {expected:,} bytes for shape {shape}, found {len(content):,}{cut}; "
-            "delete it and fetch it anew"
+            f"{name}: expected {expected:,} bytes for shape {shape}, found {len(content):,}{cut}; delete it and fetch it anew"
         )
     # The copy makes the memory writable, which torch insists on.
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy())
@@ -201,9 +198,7 @@ def read_cifar10_binary(
         Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009; layout of the binary version.
     """
     if not paths:
-        raise ValueError(
-            "expected one CIFAR-10 batch file at least, got an empty list; name data_batch_1.bin and so on"
-        )
+        raise ValueError("expected one CIFAR-10 batch file at least, got an empty list; name data_batch_1.bin and so on")
     return parse_cifar10([(Path(path).read_bytes(), str(path)) for path in paths])
 
 

@@ -52,8 +52,7 @@ class TensorLoader:
         samples = len(inputs)
         if samples != len(targets):
             raise ValueError(
-                f"expected as many targets as inputs, got {samples:,} inputs and {len(targets):,} targets; "
-                "cut both alike"
+                f"expected as many targets as inputs, got {samples:,} inputs and {len(targets):,} targets; cut both alike"
             )
         if samples == 0:
             raise ValueError("expected one sample at least, got an empty set; check how it was selected")
@@ -103,9 +102,7 @@ class TensorLoader:
         """
         wanted = {"epoch", "position", "seed"}
         if set(state) != wanted:
-            raise ValueError(
-                f"expected a state with {sorted(wanted)}, got {sorted(state)}; pass what state_dict() returned"
-            )
+            raise ValueError(f"expected a state with {sorted(wanted)}, got {sorted(state)}; pass what state_dict() returned")
         epoch, position, seed = (int(state[key]) for key in ("epoch", "position", "seed"))
         if epoch < 0 or not 0 <= position <= len(self):
             raise ValueError(

@@ -16,6 +16,7 @@ class Sequential(Executor):
     """Runs the actions in the order in which they are listed."""
 
     def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
+        """Runs the actions of one tick, then the update."""
         outcome = Outcome()
         for index, kind, batch in actions:
             cell, flight = assembly.cells[index], assembly.flights[batch]

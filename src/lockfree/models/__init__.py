@@ -2,7 +2,7 @@
 
 from lockfree.models.convolutional import cnn, vgg8b
 from lockfree.models.dense import mlp
-from lockfree.models.registry import build, names
+from lockfree.models.registry import build, check, names
 from lockfree.models.residual import ResNet, resnet20
 
-__all__ = ["ResNet", "build", "cnn", "mlp", "names", "resnet20", "vgg8b"]
+__all__ = ["ResNet", "build", "check", "cnn", "mlp", "names", "resnet20", "vgg8b"]

@@ -30,12 +30,9 @@ def cnn(input_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     check_shape("cnn", input_shape, classes, smallest=8)
     channels = (input_shape[0], 32, 64, 128)
     blocks = [
-        nn.Sequential(*_convolution(below, above), nn.ReLU(), nn.MaxPool2d(2))
-        for below, above in itertools.pairwise(channels)
+        nn.Sequential(*_convolution(below, above), nn.ReLU(), nn.MaxPool2d(2)) for below, above in itertools.pairwise(channels)
     ]
-    return nn.Sequential(
-        *blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes))
-    )
+    return nn.Sequential(*blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)))
 
 
 def vgg8b(input_shape: tuple[int, int, int], classes: int) -> nn.Sequential:

@@ -1,10 +1,10 @@
 """The networks by name."""
 
-import difflib
 from collections.abc import Callable
 
 from torch import nn
 
+from lockfree.choose import choose
 from lockfree.models.convolutional import cnn, vgg8b
 from lockfree.models.dense import mlp
 from lockfree.models.residual import resnet20
@@ -48,8 +48,14 @@ def build(name: str, *, input_shape: tuple[int, int, int], classes: int) -> nn.M
         >>> len(build("mlp", input_shape=(1, 8, 8), classes=10))
         4
     """
-    if name not in _MODELS:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown model {name!r}: {hint}choose one of {', '.join(names())}")
+    check(name)
     return _MODELS[name](input_shape, classes)
+
+
+def check(name: str) -> None:
+    """Refuses a name that `build` does not know.
+
+    Raises:
+        ValueError: With the nearest name and the list.
+    """
+    choose(_MODELS, name, "model")

@@ -60,9 +60,7 @@ def main(root: str, target: str | None = None) -> None:
     arrays = []
     for file, path in zip(source.files, paths, strict=True):
         if path is None or path.suffix or not file.holds(path.read_bytes()):
-            raise ValueError(
-                f"expected the official {file.name} in {Path(root) / source.folder}; fetch the set there first"
-            )
+            raise ValueError(f"expected the official {file.name} in {Path(root) / source.folder}; fetch the set there first")
         arrays.append(read_idx(path))
     for half, images, labels, files in (
         ("train", arrays[0], arrays[1], source.files[:2]),

@@ -1,0 +1,7 @@
+"""`python -m lockfree`."""
+
+import sys
+
+from lockfree.cli import main
+
+sys.exit(main())

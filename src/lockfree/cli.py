@@ -1,0 +1,429 @@
+"""The command line: `lockfree train`, `compare`, `rules`, `cite`, `data`, `bench`."""
+
+import contextlib
+import io
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from lockfree.choose import choose, unknown
+from lockfree.console import download, human_bytes, print_table, progress, short
+from lockfree.run import Run
+
+
+class Command(Protocol):
+    """One command, its arguments parsed."""
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Does it; raises ValueError or OSError for what the user can mend."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; the process's own if left out.
+
+    Returns:
+        The exit code: 0 done, 2 bad usage or bad input, 130 interrupted (a checkpoint has been written).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = _commands()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(commands))
+        return 0 if arguments else 2
+    try:
+        command = _parse(arguments[0], choose(commands, arguments[0], "command"), arguments[1:])
+        command.run(arguments)
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        print(f"lockfree {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; a checkpoint was written, go on with the same command and --resume", file=sys.stderr)
+        return 130
+    except SystemExit as done:  # --help
+        return int(done.code or 0)
+    except BrokenPipeError:
+        return 0
+    return 0
+
+
+def _commands() -> dict[str, type[Command]]:
+    return {"train": Train, "compare": Compare, "rules": Rules, "cite": Cite, "data": Data, "bench": Bench}
+
+
+def _usage(commands: dict[str, type[Command]]) -> str:
+    lines = [f"  {name:9s}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    return "usage: lockfree COMMAND [--help]\n\nTrain neural networks without the locks of backpropagation.\n\n" + "\n".join(
+        lines
+    )
+
+
+def _parse(name: str, command: type[Command], arguments: Sequence[str]) -> Command:
+    """Parses a command's arguments; tyro's framed complaint becomes one line."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(command, prog=f"lockfree {name}", args=list(arguments), default=_defaults(command, arguments))
+    except SystemExit as done:
+        if not done.code:
+            raise
+        raise ValueError(f"{_first_words(said.getvalue())} (see lockfree {name} --help)") from None
+
+
+def _first_words(framed: str) -> str:
+    """Returns what a framed message says, on one line."""
+    words = [line.strip(" │┃") for line in framed.splitlines() if not set(line) & set("─━")]
+    told = " ".join(itertools.takewhile(lambda line: not line.startswith(("For full helptext", "Argument helptext")), words))
+    return re.sub(r"\s+", " ", told).strip() or "bad usage"
+
+
+def _defaults(command: type[Command], arguments: Sequence[str]) -> Any:
+    """With --resume, what is left out means what the run was started with, not the command's defaults."""
+    import tyro
+
+    if command is Train and "--resume" in arguments and "--out" in arguments[:-1]:
+        folder = Path(arguments[list(arguments).index("--out") + 1])
+        return Train.of(Run.open(folder).config, folder)
+    return tyro.MISSING_NONPROP
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train one network by one rule.
+
+    Args:
+        rule: How blocks get their credit; `lockfree rules` lists them.
+        data: Data set; `lockfree data list` lists them.
+        model: mlp, cnn, vgg8b or resnet20.
+        epochs: Passes over the training set.
+        batch_size: Samples in a batch.
+        optimizer: adam or sgd (with momentum 0.9).
+        learning_rate: Of the blocks' optimizer.
+        schedule: lockstep or pipelined.
+        delay: Delay of every link between blocks, in ticks.
+        blocks: Number of blocks; one for each child of the network if left out.
+        seed: Decides initial weights and the order of the data.
+        device: cpu, cuda, cuda:1, ...
+        set: Hyperparameters of the rule, as rule.FIELD=VALUE.
+        out: Run folder to make.
+        resume: Go on with the run in --out.
+        tensorboard: Write TensorBoard scalars into the run folder, too.
+        json: End with one JSON object on standard output.
+    """
+
+    rule: str = "backprop"
+    data: str = "fashion-mnist"
+    model: str = "mlp"
+    epochs: int = 5
+    batch_size: int = 256
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    schedule: str = "lockstep"
+    delay: int = 0
+    blocks: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    set: tuple[str, ...] = ()
+    out: Path | None = None
+    resume: bool = False
+    tensorboard: bool = False
+    json: bool = False
+
+    @classmethod
+    def of(cls, config: dict[str, Any], out: Path) -> "Train":
+        """Returns the command that a run folder was made by."""
+        from lockfree.experiment import Experiment
+
+        known = Experiment.from_config(config).config()
+        fields = known.pop("fields")
+        return cls(**known, set=tuple(f"rule.{name}={_written(value)}" for name, value in fields.items()), out=out, resume=True)
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Trains, writes the run folder, prints the result."""
+        from lockfree.experiment import Experiment, entry, parse_fields, write_report
+
+        _known_rule(self.rule)
+        settings = {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
+        experiment = Experiment(**settings, fields=parse_fields(self.rule, self.set))
+        if self.resume:
+            self._check_same(experiment)
+        with progress(experiment.epochs, quiet=self.json) as show:
+            result = experiment.run(self.out, resume=self.resume, sinks=[show, *self._tensorboard()])
+        if self.out is not None:
+            title = f"{experiment.rule} on {experiment.data}"
+            write_report(self.out / "report.html", title, [entry(experiment, result, Run.open(self.out))], _command(argv))
+        _conclude([result], self.out, as_json=self.json)
+
+    def _check_same(self, experiment: Any) -> None:
+        if self.out is None:
+            raise ValueError("--resume needs the folder of the run: give --out")
+        before = Run.open(self.out).config
+        for name, value in experiment.config().items():
+            if name != "epochs" and json.dumps(before.get(name)) != json.dumps(value):
+                raise ValueError(
+                    f"{self.out} was started with {name}={before.get(name)}, not {value}: leave it out, or choose another --out"
+                )
+
+    def _tensorboard(self) -> list[Any]:
+        if not self.tensorboard:
+            return []
+        if self.out is None:
+            raise ValueError("--tensorboard writes into the run folder: give --out")
+        from lockfree.sinks import TensorBoard
+
+        return [TensorBoard(self.out / "tensorboard")]
+
+
+_NOT_SETTINGS = ("set", "out", "resume", "tensorboard", "json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train the same network by several rules, and write a table and a report.
+
+    Args:
+        rules: Names of rules, with commas.
+        data: Data set; `lockfree data list` lists them.
+        model: mlp, cnn, vgg8b or resnet20.
+        epochs: Passes over the training set.
+        batch_size: Samples in a batch.
+        optimizer: adam or sgd (with momentum 0.9).
+        learning_rate: Of the blocks' optimizer, the same for every rule.
+        seed: Decides initial weights and the order of the data.
+        device: cpu, cuda, cuda:1, ...
+        out: Folder to make; each rule's run is a folder in it.
+        resume: Go on with the comparison in --out.
+        json: End with one JSON object on standard output.
+    """
+
+    rules: str = "backprop,dni,cdni,dfa"
+    data: str = "fashion-mnist"
+    model: str = "mlp"
+    epochs: int = 5
+    batch_size: int = 256
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    seed: int = 0
+    device: str = "cpu"
+    out: Path = Path("runs/compare")
+    resume: bool = False
+    json: bool = False
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Trains by each rule in turn, writes the report, prints the table."""
+        from lockfree.experiment import Experiment, entry, write_report
+
+        names = [name.strip() for name in self.rules.split(",") if name.strip()]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"--rules {self.rules!r}: give each rule once, with commas, such as backprop,dni")
+        settings = {name: value for name, value in vars(self).items() if name not in ("rules", "out", "resume", "json")}
+        for name in names:
+            _known_rule(name)
+        experiments = [Experiment(rule=name, **settings) for name in names]
+        whole = self._open({"rules": names, **settings})
+        entries = []
+        for experiment in experiments:
+            folder = self.out / experiment.rule
+            with progress(experiment.epochs, quiet=self.json, label=experiment.rule) as show:
+                result = _finished(folder, experiment.epochs) or experiment.run(
+                    folder, resume=(folder / "config.json").exists(), sinks=[show]
+                )
+            entries.append(entry(experiment, result, Run.open(folder)))
+        write_report(self.out / "report.html", f"{', '.join(names)} on {self.data}", entries, _command(argv))
+        results = [dict(one.result) for one in entries]
+        whole.finish({"results": results})
+        _conclude(results, self.out, as_json=self.json)
+
+    def _open(self, config: dict[str, Any]) -> Run:
+        if not self.resume:
+            return Run.create(self.out, config)
+        run = Run.open(self.out)
+        for name, value in config.items():
+            if json.dumps(run.config.get(name)) != json.dumps(value):
+                raise ValueError(
+                    f"{self.out} was started with {name}={run.config.get(name)}, not {value}: choose another --out"
+                )
+        return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """List the rules: what a block needs, and which locks that leaves.
+
+    Args:
+        json: Print one JSON object instead of a table.
+    """
+
+    json: bool = False
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Prints the list."""
+        from lockfree.rule import Place, locks
+        from lockfree.rules import RULES, get
+
+        rows: list[dict[str, Any]] = []
+        for name in RULES:
+            rule = get(name)
+            needs = rule.needs(Place(0, 3))
+            held = locks([rule.needs(Place(index, 3)) for index in range(3)])
+            rows.append(
+                {"rule": name, "title": rule.card.title, "needs": needs.name, "locks": sorted(held), "what": rule.card.summary}
+            )
+        if self.json:
+            print(json.dumps({"rules": rows}))
+            return
+        print_table(
+            ["rule", "a block needs", "locks kept", "where the credit comes from"],
+            [[row["rule"], row["needs"].lower(), ", ".join(row["locks"]), row["what"]] for row in rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cite:
+    """Print the reference of a rule, with a BibTeX entry.
+
+    Args:
+        rule: Command-line name of the rule.
+    """
+
+    rule: "Annotated[str, _positional()]"
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Prints the reference."""
+        from lockfree.rules import get
+
+        card = get(self.rule).card
+        print(f"{card.reference}\n\n{card.bibtex}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """List the data sets, or fetch one from its official place.
+
+    Args:
+        action: list or fetch.
+        name: Data set to fetch.
+        root: Data folder; LOCKFREE_DATA or a per-user cache if left out.
+        json: Print one JSON object.
+    """
+
+    action: "Annotated[Literal['list', 'fetch'], _positional()]"
+    name: "Annotated[str | None, _positional()]" = None
+    root: Path | None = None
+    json: bool = False
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Prints the list, or fetches."""
+        from lockfree import data
+
+        if self.action == "fetch":
+            if self.name is None:
+                raise ValueError(f"which set? lockfree data fetch NAME, NAME one of {', '.join(data.names())}")
+            with download() as show:
+                where = data.fetch(self.name, root=self.root, progress=show)
+            print(json.dumps({"name": self.name, "path": str(where)}) if self.json else f"{self.name} is in {where}")
+            return
+        lines = data.available(self.root)
+        if self.json:
+            print(json.dumps({"data": [line._asdict() for line in lines]}))
+            return
+        print_table(
+            ["name", "status", "training", "test", "licence", "where"],
+            [[line.name, line.status, f"{line.n_train:,}", f"{line.n_test:,}", line.licence, line.where] for line in lines],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure speed, as ratios of things timed in turn in one process.
+
+    Args:
+        name: Which benchmark: step.
+        json: Print one JSON object.
+    """
+
+    name: "Annotated[str, _positional()]"
+    json: bool = False
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Measures and prints."""
+        from lockfree.bench import BENCHMARKS
+
+        found = choose(BENCHMARKS, self.name, "benchmark")()
+        if self.json:
+            print(json.dumps(found))
+            return
+        print_table(["what", "value"], [[name, short(value)] for name, value in found.items()])
+
+
+# ---- what commands share -----------------------------------------------------------------------------------------------------
+
+
+def _positional() -> Any:
+    import tyro
+
+    return tyro.conf.Positional
+
+
+def _known_rule(name: str) -> None:
+    from lockfree.rules import RULES
+
+    if name not in RULES:
+        raise unknown("rule", name, RULES)
+
+
+def _written(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _command(argv: Sequence[str]) -> str:
+    return shlex.join(["lockfree", *argv])
+
+
+def _finished(folder: Path, epochs: int) -> dict[str, Any] | None:
+    """Returns the result of a run that was finished before, if there is one."""
+    if not (folder / "config.json").exists():
+        return None
+    result = Run.open(folder).result
+    return result if result and result["epochs"] >= epochs else None
+
+
+def _conclude(results: Sequence[dict[str, Any]], out: Path | None, *, as_json: bool) -> None:
+    """Prints the table and where the report is, or one JSON object."""
+    if as_json:
+        whole = {"results": list(results)} if len(results) > 1 else dict(results[0])
+        print(json.dumps(whole | ({"out": str(out)} if out else {})))
+        return
+    rows = [
+        [
+            result["rule"],
+            f"{100 * result['test_accuracy']:.2f} %"
+            if result["test_accuracy"] is not None
+            else f"loss {result['test_loss']:.4f}",
+            f"{result['seconds']:.1f}",
+            f"{result['samples_per_second']:,.0f}",
+            human_bytes(result["peak_activation_bytes"]),
+            ", ".join(result["locks"]) or "none",
+        ]
+        for result in results
+    ]
+    print_table(["rule", "test accuracy", "seconds", "samples/s", "peak activations", "locks kept"], rows)
+    if out is not None:
+        print(f"report: {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What the command line shows: tables, progress, units."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; on a pipe, without colours and folding."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe has no width of its own: rows must not be folded there.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def human_bytes(count: int | None) -> str:
+    """Writes a number of bytes for people."""
+    if count is None:
+        return "-"
+    return f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def short(value: Any) -> str:
+    """Writes a number with three decimals, anything else as it is."""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def progress(epochs: int, *, quiet: bool, label: str = "training") -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Shows training: a bar on a terminal, a line an epoch when piped, nothing on standard output with --json."""
+    stream = sys.stderr if quiet else sys.stdout
+    if not stream.isatty():
+
+        def line(kind: str, values: dict[str, Any]) -> None:
+            if kind == "epoch":
+                accuracy = values.get("val_accuracy")
+                tail = f", accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
+                loss = values["train_loss"]
+                print(f"{label}: epoch {values['epoch']}/{epochs}, loss {short(loss)}{tail}", file=stream, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[now]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(file=stream)) as bar:
+        task = bar.add_task(label, total=epochs, now="")
+
+        def advance(kind: str, values: dict[str, Any]) -> None:
+            if kind == "epoch":
+                bar.update(task, completed=values["epoch"])
+            elif values["step"] % 10 == 0:
+                bar.update(task, now=f"step {values['step']}, loss {values['loss']:.3f}")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def download() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Shows a bar for each file on its way."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(file=sys.stderr)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, so_far: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=so_far)
+
+        yield show

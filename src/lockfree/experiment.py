@@ -1,0 +1,220 @@
+"""One training run on a named data set and model, from settings to result: what the command line does, as a function."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from lockfree import models, rules
+from lockfree.choose import choose, unknown
+from lockfree.data import Dataset, TensorLoader, load
+from lockfree.learner import Learner, convert
+from lockfree.link import Link
+from lockfree.report import Entry, write
+from lockfree.rule import Rule
+from lockfree.run import Run
+from lockfree.timeline import play
+from lockfree.trainer import Sink, Trainer, evaluate
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+}
+"""Optimizers by command-line name; sgd has momentum 0.9."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Settings of one training run; equal settings give equal numbers.
+
+    Attributes:
+        rule: Command-line name of the rule.
+        data: Name of the data set.
+        model: Name of the network.
+        epochs: Passes over the training set, 0 or more.
+        batch_size: Samples in a batch, 1 or more.
+        optimizer: "adam" or "sgd" (with momentum 0.9).
+        learning_rate: Above 0.
+        schedule: "lockstep" or "pipelined".
+        delay: Delay of every link, in ticks.
+        blocks: Number of blocks, or ``None`` for one for each child of the network.
+        seed: Decides initial weights, order of the data and dropout.
+        device: Where to train.
+        fields: Hyperparameters of the rule that differ from its defaults.
+    """
+
+    rule: str = "backprop"
+    data: str = "fashion-mnist"
+    model: str = "mlp"
+    epochs: int = 5
+    batch_size: int = 256
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    schedule: str = "lockstep"
+    delay: int = 0
+    blocks: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
+        choose(OPTIMIZERS, self.optimizer, "optimizer")
+        models.check(self.model)
+        self.make_rule()
+
+    def make_rule(self) -> Rule:
+        """Makes the rule with its hyperparameters."""
+        return rules.get(self.rule, **self.fields)
+
+    def make_learner(self, dataset: Dataset) -> Learner:
+        """Makes model and learner; initial weights come from the seed."""
+        torch.manual_seed(self.seed)
+        model = models.build(self.model, input_shape=dataset.input_shape, classes=len(dataset.classes)).to(self.device)
+        make = OPTIMIZERS[self.optimizer]
+        return convert(
+            model,
+            self.make_rule(),
+            loss=F.cross_entropy,
+            optimizer=lambda parameters: make(parameters, lr=self.learning_rate),
+            blocks=self.blocks,
+            example_input=dataset.train.inputs[:2],
+            schedule=self.schedule,
+            links=Link(delay=self.delay),
+        )
+
+    def run(self, folder: Path | None = None, *, resume: bool = False, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+        """Trains, evaluates on the test set, and returns the result that ``--json`` prints.
+
+        The curve of ``val_accuracy`` is taken on the test set, epoch by epoch; nothing is chosen by it.
+
+        Args:
+            folder: Run folder, made here; nothing is written without one.
+            resume: Go on with the run in the folder.
+            sinks: Also told of every step and epoch.
+
+        Raises:
+            ValueError: If something is misspelt or does not fit; nothing has been written then.
+        """
+        if folder is not None and not resume:
+            Run.refuse_taken(folder)
+        dataset = load(self.data).to(self.device)
+        learner = self.make_learner(dataset)
+        loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
+        test = TensorLoader(*dataset.test, batch_size=1000, shuffle=False)
+        run = None
+        if folder is not None:
+            run = Run.open(folder) if resume else Run.create(folder, self.config())
+        summary = Trainer(learner, run=run, resume=resume, sinks=sinks).fit(loader, test, epochs=self.epochs)
+        found = evaluate(learner, test)
+        result = {
+            "rule": self.rule,
+            "data": self.data,
+            "model": self.model,
+            "seed": self.seed,
+            "epochs": summary.epochs,
+            "test_accuracy": found.accuracy,
+            "test_loss": found.loss,
+            "seconds": summary.seconds,
+            "samples_per_second": summary.samples_per_second,
+            "peak_activation_bytes": summary.peak_activation_bytes,
+            "locks": sorted(learner.locks),
+            "data_source": dataset.source,
+            "parameters": sum(p.numel() for p in learner.model.parameters()),
+        }
+        if run is not None:
+            run.finish(result)
+        return result
+
+    def config(self) -> dict[str, Any]:
+        """Returns the settings as plain data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Experiment":
+        """Makes settings from plain data; what a run folder adds is left out."""
+        names = {entry.name for entry in dataclasses.fields(cls)}
+        settings = {name: value for name, value in config.items() if name in names}
+        settings["fields"] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in settings.get("fields", {}).items()
+        }
+        return cls(**settings)
+
+
+def parse_fields(rule: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """Reads ``rule.FIELD=VALUE`` assignments for a rule, each value by the field's type.
+
+    Raises:
+        ValueError: If an assignment has another form, the rule has no such field, or the value is of another type.
+
+    Example:
+        >>> parse_fields("dni", ["rule.hidden_layers=2", "rule.borders=0,2"])
+        {'hidden_layers': 2, 'borders': (0, 2)}
+    """
+    rule_class = type(rules.get(rule))
+    types_of = typing.get_type_hints(rule_class)
+    names = [entry.name for entry in dataclasses.fields(rule_class)]
+    parsed = {}
+    for assignment in assignments:
+        left, equals, value = assignment.partition("=")
+        name = left.removeprefix("rule.")
+        if not equals or name == left:
+            raise ValueError(
+                f"--set {assignment!r}: write rule.FIELD=VALUE, FIELD one of {', '.join(names) or 'none for this rule'}"
+            )
+        if name not in names:
+            raise unknown(f"field of rule {rule!r}", name, names or ["(it has none)"])
+        try:
+            parsed[name] = _parse(value, types_of[name])
+        except ValueError:
+            raise ValueError(f"--set {assignment!r}: {name} is {_describe(types_of[name])}, not {value!r}") from None
+    return parsed
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """Reads a value as a bool, int, float, str, tuple of them (with commas), or None where the type allows it."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in options and text.lower() == "none":
+        return None
+    (kind,) = (option for option in options if option is not types.NoneType)
+    if kind is bool:
+        return choose({"true": True, "1": True, "false": False, "0": False}, text.lower(), "truth value")
+    if typing.get_origin(kind) is tuple:
+        return tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
+    return kind(text)
+
+
+def _describe(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def entry(experiment: Experiment, result: dict[str, Any], run: Run | None) -> Entry:
+    """Collects what the report shows of one run."""
+    rule = experiment.make_rule()
+    learner = experiment.make_learner(load(experiment.data))
+    return Entry(
+        rule=experiment.rule,
+        title=rule.card.title,
+        result=result,
+        history=run.metrics() if run else (),
+        timeline=play(learner.schedule, batches=4),
+        citation=rule.card.reference,
+    )
+
+
+def write_report(path: Path, title: str, entries: Sequence[Entry], command: str) -> None:
+    """Writes the HTML report of one or more runs."""
+    sources = {str(one.result.get("data_source", "")) for one in entries}
+    notes = [f"Data: {source}." for source in sorted(sources) if source]
+    notes.append("Accuracy curves are taken on the test set after every epoch; nothing was chosen by them.")
+    write(path, title, entries, command=command, notes=notes)

@@ -1,0 +1,30 @@
+"""Places that training can report to, beside the run folder."""
+
+from pathlib import Path
+from typing import Any
+
+
+class TensorBoard:
+    """Writes scalars for TensorBoard; optional, from the extra ``tensorboard``.
+
+    Args:
+        folder: Where TensorBoard will look (``tensorboard --logdir``).
+
+    Raises:
+        ImportError: If the package tensorboard is missing; the message says how to install it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError('the TensorBoard sink needs tensorboard: pip install "lockfree[tensorboard]"') from error
+        self._writer = SummaryWriter(str(folder))
+
+    def __call__(self, kind: str, values: dict[str, Any]) -> None:
+        """Writes the numbers of one record."""
+        for name, value in values.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._writer.add_scalar(f"{kind}/{name}", value, values["step"])
+        if kind == "epoch":
+            self._writer.flush()
