@@ -10,9 +10,11 @@ from lockfree.learner import Learner, StepResult, convert
 from lockfree.link import Link
 from lockfree.objective import Diverged
 from lockfree.rule import Card, Context, Needs, Place, Rule, Site
-from lockfree.run import Run
+from lockfree.run import Run, version
 from lockfree.schedule import Action, Kind, Schedule
 from lockfree.trainer import Evaluation, Summary, Trainer, evaluate
+
+__version__ = version()
 
 __all__ = [
     "Action",

@@ -67,11 +67,11 @@ class Cell:
 
     # ---- the three actions -------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: int, inputs: Values, target: Any) -> Values:
+    def forward(self, batch: int, inputs: Values, target: Any, shared: dict[str, Any]) -> Values:
         """F: runs the block on one batch and returns what crosses its upper border, detached unless it is joined."""
         if not (self.reports or self.joined_below):
             inputs = detach(inputs)  # nobody asks for dL/dx, so autograd need not compute it
-        context = Context(self.place, self.auxiliary, inputs, (), batch_size(inputs))
+        context = Context(self.place, self.auxiliary, inputs, (), batch_size(inputs), shared=shared)
         if self.needs >= Needs.TARGET:
             context.target = target
         visit = self._visits[batch] = _Visit(context, target=target)

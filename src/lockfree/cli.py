@@ -280,7 +280,7 @@ class Rules:
             needs = rule.needs(Place(0, 3))
             held = locks([rule.needs(Place(index, 3)) for index in range(3)])
             rows.append(
-                {"rule": name, "title": rule.card.title, "needs": needs.name, "locks": sorted(held), "what": rule.card.summary}
+                {"rule": name, "title": rule.title, "needs": needs.name, "locks": sorted(held), "what": rule.card.summary}
             )
         if self.json:
             print(json.dumps({"rules": rows}))

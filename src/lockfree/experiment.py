@@ -1,6 +1,7 @@
 """One training run on a named data set and model, from settings to result: what the command line does, as a function."""
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ class Experiment:
         """
         if folder is not None and not resume:
             Run.refuse_taken(folder)
-        dataset = load(self.data).to(self.device)
+        dataset = load_once(self.data, self.device)
         learner = self.make_learner(dataset)
         loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
         test = TensorLoader(*dataset.test, batch_size=1000, shuffle=False)
@@ -149,6 +150,12 @@ class Experiment:
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.get("fields", {}).items()
         }
         return cls(**settings)
+
+
+@functools.lru_cache(maxsize=1)
+def load_once(name: str, device: str) -> Dataset:
+    """Loads a data set onto a device; the last one stays, since a comparison trains on it again and again."""
+    return load(name).to(device)
 
 
 def parse_fields(rule: str, assignments: Sequence[str]) -> dict[str, Any]:
@@ -201,10 +208,10 @@ def _describe(kind: Any) -> str:
 def entry(experiment: Experiment, result: dict[str, Any], run: Run | None) -> Entry:
     """Collects what the report shows of one run."""
     rule = experiment.make_rule()
-    learner = experiment.make_learner(load(experiment.data))
+    learner = experiment.make_learner(load_once(experiment.data, experiment.device))
     return Entry(
         rule=experiment.rule,
-        title=rule.card.title,
+        title=rule.title,
         result=result,
         history=run.metrics() if run else (),
         timeline=play(learner.schedule, batches=4),

@@ -107,6 +107,7 @@ class Context:
         target: The batch's targets; only where the rule needs TARGET or more.
         error: dL/d(model output), a gradient for each tensor of it; only where the rule needs ERROR or more.
         above: dL/dy as the next block (or, at the top, the loss) reports it; only where the rule needs ABOVE.
+        shared: Scratch space of the batch, common to all its cells: what follows from inputs and targets alone is computed once.
         memo: Whatever `Rule.credit` wants to hand on to `Rule.learn`.
     """
 
@@ -118,6 +119,7 @@ class Context:
     target: Any = None
     error: Credit | None = None
     above: Credit | None = None
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
     memo: Any = field(default=None, repr=False)
 
 
@@ -155,6 +157,11 @@ class Rule(ABC):
     """
 
     card: ClassVar[Card]
+
+    @property
+    def title(self) -> str:
+        """The rule's name in words, with what sets this variant apart."""
+        return self.card.title
 
     @abstractmethod
     def needs(self, place: Place) -> Needs:

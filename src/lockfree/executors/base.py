@@ -23,6 +23,7 @@ class Flight:
         inputs: The batch, until the bottom cell has taken it.
         target: Its targets.
         remaining: Actions still to come.
+        shared: Scratch space of the rule for this batch, common to all cells.
         error: dL/d(model output), once the top cell has run forward; never if the loss is joined to the top block.
         loss: The loss, with the graph of what it is joined to, between the top cell's forward and its learning.
     """
@@ -30,6 +31,7 @@ class Flight:
     inputs: Values
     target: Any
     remaining: int
+    shared: dict[str, Any] = field(default_factory=dict)
     error: Credit | None = None
     loss: Tensor | None = None
 

@@ -39,7 +39,7 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> No
     flight, index = assembly.flights[batch], cell.place.index
     inputs = assembly.links[index - 1].take(batch) if index else flight.inputs
     flight.inputs = None
-    outputs = cell.forward(batch, inputs, flight.target)
+    outputs = cell.forward(batch, inputs, flight.target, flight.shared)
     if not cell.place.top:
         assembly.links[index].lift(batch, outputs)
         return

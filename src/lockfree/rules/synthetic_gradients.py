@@ -1,11 +1,12 @@
 """Synthetic gradients (decoupled neural interfaces): each block predicts its own credit."""
 
 import itertools
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,7 +58,7 @@ class SyntheticGradients(Rule):
     learning_rate: float | None = None
 
     card: ClassVar[Card] = Card(
-        title="Synthetic gradients (decoupled neural interfaces)",
+        title="Synthetic gradients",
         summary="A small network at each block predicts the block's credit from its output (cdni: and the label).",
         reference="Jaderberg, Czarnecki, Osindero, Vinyals, Graves, Silver, Kavukcuoglu 2016, Decoupled neural interfaces using "
         "synthetic gradients, arXiv 1608.05343",
@@ -77,6 +78,10 @@ class SyntheticGradients(Rule):
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that a synthetic gradient has its output's size")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+
+    @property
+    def title(self) -> str:
+        return f"{self.card.title}, label-conditioned" if self.conditioned else self.card.title
 
     def needs(self, place: Place) -> Needs:
         if not self._synthesises(place):
@@ -109,9 +114,14 @@ class SyntheticGradients(Rule):
                 raise ValueError(
                     f"a label-conditioned synthesiser needs class scores (batch, classes), this model gives {shape}"
                 )
-        return nn.ModuleList(
-            Synthesiser(y, classes, self.hidden_layers, self.hidden_units, self.kernel_size) for y in site.outputs
-        )
+        return nn.ModuleList(self._synthesiser(y, classes) for y in site.outputs)
+
+    def _synthesiser(self, y: Tensor, classes: int) -> "Synthesiser":
+        if y.dim() == 4:
+            return ConvolutionalSynthesiser(y, classes, self.hidden_layers, self.hidden_units, self.kernel_size)
+        if self.hidden_layers:
+            return DenseSynthesiser(y, classes, self.hidden_layers, self.hidden_units)
+        return LinearSynthesiser(y, classes)
 
     def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         rate = (1e-3 if self.conditioned else 3e-2) if self.learning_rate is None else self.learning_rate
@@ -121,94 +131,188 @@ class SyntheticGradients(Rule):
         if not self._synthesises(context.place):
             return context.above
         assert isinstance(context.auxiliary, nn.ModuleList)
-        label = context.target if self.conditioned else None
-        predictions = [synthesiser(y, label) for synthesiser, y in zip(context.auxiliary, context.outputs, strict=True)]
-        # The last layer is affine, whose gradient does not look at its own output: the output may be rescaled where it lies.
-        credit = tuple(prediction.detach().div_(context.samples) for prediction in predictions)
-        context.memo = list(zip(predictions, credit, strict=True))
-        return credit
+        which = _one_hot(context) if self.conditioned else None
+        pairs = zip(context.auxiliary, context.outputs, strict=True)
+        context.memo = [synthesiser.predict(y, which, context.samples) for synthesiser, y in pairs]
+        return tuple(prediction.credit for prediction in context.memo)
 
     def learn(self, context: Context) -> Tensor | None:
         if context.above is None:
             return None
-        predictions, differences = [], []
-        for (prediction, credit), truth in zip(context.memo, context.above, strict=True):
+        assert isinstance(context.auxiliary, nn.ModuleList)
+        loss = None
+        for synthesiser, prediction, truth in zip(context.auxiliary, context.memo, context.above, strict=True):
             if truth is not None:
-                predictions.append(prediction)
-                differences.append(credit.sub_(truth))
-        # dL/d(prediction) = (prediction - m truth) / m is this difference: no graph of the loss itself is needed.
-        torch.autograd.backward(predictions, differences)
-        squares = [torch.dot(d.flatten(), d.flatten()) for d in differences]
-        return torch.stack(squares).sum() * (context.samples / 2)
+                # dL/d(prediction) = (prediction - m truth) / m, which is the credit minus the truth: the loss needs no graph.
+                difference = prediction.credit.sub_(truth)
+                synthesiser.regress(prediction, difference)
+                flat = difference.view(-1)
+                square = torch.dot(flat, flat)
+                loss = square if loss is None else loss + square
+        return None if loss is None else loss * (context.samples / 2)
 
 
-class Synthesiser(nn.Module):
-    """Predicts the gradient of one tensor from the tensor itself, and optionally the label.
+@dataclass(slots=True)
+class Prediction:
+    """A prediction until the truth arrives.
 
-    Affine layers act on the last dimension of (m, d) or (m, t, d), and as convolutions of the same size on (m, d, h, w). The
-    label enters the first layer: as a one-hot vector beside the features, on images as one plane for each class.
+    Attributes:
+        credit: The predicted gradient of the batch's mean loss, shape of y; detached.
+        graph: What the synthesiser needs to learn from it later.
+    """
+
+    credit: Tensor
+    graph: Any
+
+
+class Synthesiser(nn.Module, ABC):
+    """Predicts the gradient of one sample's loss with respect to y, from y and optionally the label c (a one-hot row).
 
     Args:
-        like: An example of the tensor, shape (m, ...).
         classes: Number of classes to condition on, 0 for none.
-        hidden_layers: Hidden layers, 0 or more.
-        hidden_units: Their width.
-        kernel_size: Width of convolutions.
 
     Reference:
         Jaderberg et al. 2016, arXiv 1608.05343, appendix "Feed-forward implementation details".
     """
 
-    def __init__(self, like: Tensor, classes: int, hidden_layers: int, hidden_units: int, kernel_size: int) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
-        self.classes, self.image = classes, like.dim() == 4
-        units = like.shape[1] if self.image else like.shape[-1]
-        widths = [units] + [hidden_units] * hidden_layers + [units]
-        first, *rest = itertools.pairwise(widths)
+        self.classes = classes
+
+    @abstractmethod
+    def forward(
+        self, y: Float[Tensor, "m *shape"], label: Float[Tensor, "m classes"] | None = None
+    ) -> Float[Tensor, "m *shape"]:
+        """Returns the predicted gradient of each sample's loss; the label is given if and only if it is conditioned on."""
+
+    def predict(self, y: Tensor, label: Tensor | None, samples: int) -> Prediction:
+        """Returns the prediction on the scale of the mean loss over ``samples``, and what learning from it takes."""
+        dtype = next(self.parameters()).dtype
+        prediction = self(y.to(dtype), None if label is None else label.to(dtype))
+        # The last layer is affine, whose gradient does not look at its own output: the output may be rescaled where it lies.
+        return Prediction(prediction.detach().div_(samples), prediction)
+
+    def regress(self, prediction: Prediction, difference: Tensor) -> None:
+        """Leaves the gradients of the parameters, given that of the loss with respect to the prediction."""
+        torch.autograd.backward(prediction.graph, difference)
+
+
+class LinearSynthesiser(Synthesiser):
+    r"""An affine map, $M(y, c) = W y + t_c$ with a row of the table t for each class (one row b if there is no label).
+
+    It is that of $[y; \mathrm{onehot}(c)]$. Its gradients, $\partial L/\partial W = d^T y$ and $\partial L/\partial t =
+    \mathrm{onehot}(c)^T d$, are taken by hand: it is the whole extra cost of a decoupled step, and autograd would double it.
+
+    Args:
+        like: An example of y, shape (m, d) or (m, ..., d).
+        classes: Number of classes to condition on, 0 for none.
+    """
+
+    def __init__(self, like: Tensor, classes: int) -> None:
+        super().__init__(classes)
+        units = like.shape[-1]
+        self.weight = nn.Parameter(like.new_zeros(units, units))
+        self.table = nn.Parameter(like.new_zeros(max(classes, 1), units))
+
+    def forward(self, y: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns W y + t."""
+        return F.linear(y, self.weight) + self._rows(y, label).view(-1, *[1] * (y.dim() - 2), y.shape[-1])
+
+    def _rows(self, y: Tensor, label: Tensor | None) -> Tensor:
+        """Returns the row of the table for each sample, or the one row."""
+        return self.table if label is None else label @ self.table
+
+    def predict(self, y: Tensor, label: Tensor | None, samples: int) -> Prediction:
+        """Returns (W y + t) / samples."""
+        weight, table = self.weight.detach(), self.table.detach()
+        rows = y.to(weight.dtype).flatten(0, -2)
+        if label is None:
+            credit = torch.addmm(table, rows, weight.t(), beta=1 / samples, alpha=1 / samples)
+        else:
+            label = label.to(weight.dtype)
+            if len(label) != len(rows):  # one label for all steps of a sequence
+                label = label.repeat_interleave(len(rows) // len(label), dim=0)
+            # A product with the one-hot rows is faster than gathering rows of the table.
+            credit = (label @ table).addmm_(rows, weight.t(), beta=1 / samples, alpha=1 / samples)
+        return Prediction(credit.view(y.shape), (rows, label))
+
+    def regress(self, prediction: Prediction, difference: Tensor) -> None:
+        """Leaves the gradients in closed form."""
+        rows, label = prediction.graph
+        difference = difference.flatten(0, -2)
+        self.weight.grad = difference.t() @ rows
+        self.table.grad = difference.sum(0, keepdim=True) if label is None else label.t() @ difference
+
+
+class DenseSynthesiser(Synthesiser):
+    """Hidden layers (affine, batch normalisation, ReLU), then an affine one that starts at zero; the label enters the first.
+
+    Args:
+        like: An example of y, shape (m, d) or (m, t, d); across time t there is no normalisation, steps not being independent.
+        classes: Number of classes to condition on, 0 for none.
+        hidden_layers: 1 or more.
+        hidden_units: Their width.
+    """
+
+    def __init__(self, like: Tensor, classes: int, hidden_layers: int, hidden_units: int) -> None:
+        super().__init__(classes)
+        place = {"dtype": like.dtype, "device": like.device}
+        widths = [like.shape[-1] + classes] + [hidden_units] * hidden_layers
+        layers: list[nn.Module] = []
+        for into, out in itertools.pairwise(widths):
+            normalise = nn.BatchNorm1d(out, **place) if like.dim() == 2 else nn.Identity()
+            layers += [nn.Linear(into, out, **place), normalise, nn.ReLU()]
+        self.layers = nn.Sequential(*layers, _zero(nn.Linear(widths[-1], like.shape[-1], **place)))
+
+    def forward(self, y: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns the prediction."""
+        if label is not None:
+            y = torch.cat([y, label.view(len(y), *[1] * (y.dim() - 2), -1).expand(*y.shape[:-1], -1)], dim=-1)
+        return self.layers(y)
+
+
+class ConvolutionalSynthesiser(Synthesiser):
+    """Convolutions of the same size on (m, channels, h, w); the label enters the first as one plane for each class.
+
+    Args:
+        like: An example of y.
+        classes: Number of classes to condition on, 0 for none.
+        hidden_layers: 0 or more, each with batch normalisation and ReLU.
+        hidden_units: Their channels.
+        kernel_size: Odd width of the kernels.
+    """
+
+    def __init__(self, like: Tensor, classes: int, hidden_layers: int, hidden_units: int, kernel_size: int) -> None:
+        super().__init__(classes)
         place = {"dtype": like.dtype, "device": like.device}
 
-        def affine(into: int, out: int, bias: bool = True) -> nn.Module:
-            if self.image:
-                return nn.Conv2d(into, out, kernel_size, padding=kernel_size // 2, bias=bias, **place)
-            return nn.Linear(into, out, bias=bias, **place)
+        def convolution(into: int, out: int) -> nn.Module:
+            return nn.Conv2d(into, out, kernel_size, padding=kernel_size // 2, **place)
 
-        # W [x; onehot(c)] + b = W_x x + t[c]: the row of a table instead of a product with a mostly empty vector.
-        self.label = None
-        if classes and not self.image:
-            self.label = nn.Embedding(classes, first[1], **place)
-            nn.init.uniform_(self.label.weight, -((units + classes) ** -0.5), (units + classes) ** -0.5)
-        self.enter = affine(first[0] + (classes if self.image else 0), first[1], bias=self.label is None)
+        widths = [like.shape[1] + classes] + [hidden_units] * hidden_layers
         layers: list[nn.Module] = []
-        for into, out in rest:
-            layers += [_normalise(like.dim(), into, place), nn.ReLU(), affine(into, out)]
-        self.rest = nn.Sequential(*layers)
-        self._start_at_zero()
+        for into, out in itertools.pairwise(widths):
+            layers += [convolution(into, out), nn.BatchNorm2d(out, **place), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, _zero(convolution(widths[-1], like.shape[1])))
 
-    def _start_at_zero(self) -> None:
-        last = [self.rest[-1]] if len(self.rest) else [self.enter, *([] if self.label is None else [self.label])]
-        for module in last:
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
-
-    def forward(self, y: Float[Tensor, "m *shape"], label: Int[Tensor, " m"] | None = None) -> Float[Tensor, "m *shape"]:
-        """Returns the predicted gradient of one sample's loss.
-
-        Args:
-            y: The block's output.
-            label: Class numbers; given if and only if the synthesiser is conditioned.
-        """
-        if self.image and label is not None:
-            planes = F.one_hot(label, self.classes).to(y.dtype)[:, :, None, None].expand(-1, -1, *y.shape[2:])
-            return self.rest(self.enter(torch.cat([y, planes], dim=1)))
-        if self.label is None or label is None:
-            return self.rest(self.enter(y))
-        rows = self.label(label)
-        if y.dim() == 2:
-            return self.rest(torch.addmm(rows, y, self.enter.weight.t()))
-        return self.rest(self.enter(y) + rows[:, None])
+    def forward(self, y: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns the prediction."""
+        if label is not None:
+            y = torch.cat([y, label[:, :, None, None].expand(-1, -1, *y.shape[2:])], dim=1)
+        return self.layers(y)
 
 
-def _normalise(rank: int, width: int, place: dict) -> nn.Module:
-    """Batch normalisation over units; over channels for images; none across time, where samples are not independent."""
-    makers = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}
-    return makers[rank](width, **place) if rank in makers else nn.Identity()
+def _one_hot(context: Context) -> Tensor:
+    """Returns the batch's labels as one-hot rows, made once for all cells."""
+    if "one_hot" not in context.shared:
+        label, classes = context.target, context.auxiliary[0].classes
+        zeros = context.outputs[0].new_zeros(len(label), classes)
+        context.shared["one_hot"] = zeros.scatter_(1, label[:, None], 1)
+    return context.shared["one_hot"]
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    """Starts a layer at zero, weights and biases, so that the first synthetic gradients are zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
