@@ -37,6 +37,7 @@ class Cell:
             cell this is the border to the loss.
         reports: Whether the cell below wants dL/dx as a message.
         overlaps: Whether the weights (of the block, of the auxiliary network) may change between a call and its gradient.
+        learns_early: Whether the block's weights change before the batch has reached the loss, which would tell if it is sound.
 
     Attributes:
         learnt: Whether (the block, the auxiliary network) has gathered gradients in this tick.
@@ -52,11 +53,13 @@ class Cell:
         joined: tuple[bool, bool],
         reports: bool,
         overlaps: tuple[bool, bool],
+        learns_early: bool,
     ) -> None:
         self.place, self.block, self.rule, self.auxiliary, self.reports = place, block, rule, auxiliary, reports
         self.joined_below, self.joined_above = joined
         self.needs = rule.needs(place)
         self.auxiliary_needs = rule.auxiliary_needs(place)
+        self.learns_early = learns_early
         self.learnt = [False, False]
         self._block_stash = Stash(block) if overlaps[0] else None
         self._auxiliary_stash = Stash(auxiliary) if overlaps[1] and auxiliary else None
@@ -151,11 +154,6 @@ class Cell:
         self.learnt = [False, False]
 
     # ---- what is in flight -------------------------------------------------------------------------------------------------
-
-    def outputs(self, batch: int) -> tuple[Tensor, ...]:
-        """Returns what a batch in flight gave, for a diagnosis; empty if it is not in flight here."""
-        visit = self._visits.get(batch)
-        return visit.context.outputs if visit else ()
 
     def _close(self, batch: int) -> None:
         visit = self._visits.pop(batch)

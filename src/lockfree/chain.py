@@ -1,14 +1,55 @@
 """The model as a chain of blocks, bottom to top."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lockfree.balance import balanced_names
-from lockfree.cut import CannotCutError, cut, names_for
+from lockfree.cut import CannotCutError, Piece, ancestors, cut, names_for
 from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.values import Values, as_leaves, clone, detach, tensors
+
+
+class _Forms:
+    """The traced forms of a model, cut: one for each combination of modes that its traced-through modules are found in.
+
+    A forward pass may differ between training and evaluation (functional dropout, say), and a trace holds one of the two.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, strict: bool) -> None:
+        self._model, self._names = model, list(names)
+        self._through = [model, *(model.get_submodule(name) for name in sorted(ancestors(names)))] if names else []
+        self._pieces: dict[tuple[bool, ...], list[Piece]] = {}
+        with undisturbed(model):
+            for training in (True, False):
+                model.train(training)
+                self._add(cut(model, names, strict=strict))
+
+    @property
+    def mode(self) -> tuple[bool, ...]:
+        """The modes that the traced-through modules are in."""
+        return tuple([module.training for module in self._through])
+
+    def now(self) -> list[Piece]:
+        """Returns the pieces for the present modes."""
+        mode = self.mode
+        if mode not in self._pieces:
+            self._add(cut(self._model, self._names, strict=False))
+        return self._pieces[mode]
+
+    def _add(self, pieces: list[Piece]) -> None:
+        known = next(iter(self._pieces.values()), pieces)
+        if len(pieces) != len(known):
+            raise CannotCutError(
+                f"{type(self._model).__name__} runs {len(known)} of the blocks in training and {len(pieces)} in other modes: "
+                "begin blocks only at modules that always run"
+            )
+        self._pieces[self.mode] = pieces
+
+    def all(self) -> Iterator[list[Piece]]:
+        """Yields the pieces for every combination of modes met so far."""
+        return iter(self._pieces.values())
 
 
 class Block(nn.Module):
@@ -21,34 +62,40 @@ class Block(nn.Module):
         name: The module that the block begins with, as the user's model calls it.
     """
 
-    def __init__(self, name: str, model: nn.Module, training: tuple[nn.Module, int], evaluation: tuple[nn.Module, int]) -> None:
+    def __init__(self, index: int, model: nn.Module, forms: _Forms) -> None:
         super().__init__()
-        self.name = name
-        self._bodies = nn.ModuleList([evaluation[0], training[0]])
-        self._takes = (evaluation[1], training[1])
-        self._mutates: list[bool | None] = [None, None]
+        pieces = [pieces[index] for pieces in forms.all()]
+        self.name = pieces[0].name
+        self._bodies = nn.ModuleList(piece.body for piece in pieces)  # so that the block's parameters are found
+        self._index, self._forms = index, forms
         self._model = (model,)  # in a tuple: the block is a view of the model, not its parent
+        self._mutates: dict[tuple[bool, ...], bool] = {}
 
     def forward(self, values: Values) -> Values:
         """Runs the block on what crosses its lower border, and returns what crosses its upper one."""
-        mode = int(self._model[0].training)
-        if self._mutates[mode] is None:
+        mode = self._forms.mode
+        if mode not in self._mutates:
             return self._first_call(mode, values)
-        if self._mutates[mode]:
-            values = clone(values)
-        return self._call(mode, values)
+        return self._call(clone(values) if self._mutates[mode] else values)
 
-    def _call(self, mode: int, values: Values) -> Values:
-        body = self._bodies[mode]
-        return body(values) if self._takes[mode] == 1 else body(*values)
+    def _call(self, values: Values) -> Values:
+        piece = self._forms.now()[self._index]
+        return piece.body(values) if piece.takes == 1 else piece.body(*values)
 
-    def _first_call(self, mode: int, values: Values) -> Values:
+    def _first_call(self, mode: tuple[bool, ...], values: Values) -> Values:
         """Finds out whether the block changes its input in place; what crosses a border is shared with the block below."""
         copies = clone(values)
         before = [tensor._version for tensor in tensors(copies)]
-        outputs = self._call(mode, copies)
+        outputs = self._call(copies)
         self._mutates[mode] = before != [tensor._version for tensor in tensors(copies)]
         return outputs
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yields the modules inside, each with what the user's model calls it."""
+        inside = {id(module) for module in self.modules()}
+        for name, module in self._model[0].named_modules():
+            if id(module) in inside:
+                yield name, module
 
 
 class Chain:
@@ -74,13 +121,16 @@ class Chain:
         self, model: nn.Module, blocks: int | Sequence[str] | None = None, *, example_input: Values | None = None
     ) -> None:
         self.model = model
+        if isinstance(blocks, str):
+            raise TypeError(f"blocks={blocks!r} is one name: pass a list of names, blocks=[{blocks!r}]")
         if isinstance(blocks, int):
             if example_input is None:
                 raise ValueError(f"blocks={blocks} balances pieces by measured memory: pass example_input, a small batch")
             names = balanced_names(model, blocks, example_input)
         else:
             names = names_for(model, blocks)
-        self.blocks = _blocks(model, names, strict=isinstance(blocks, Sequence))
+        forms = _Forms(model, names, strict=isinstance(blocks, Sequence))
+        self.blocks = [Block(index, model, forms) for index in range(len(forms.now()))]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -118,24 +168,6 @@ class Chain:
                 "values that tracing cannot see; cut only outside of the module that does so"
             )
         return outputs
-
-
-def _blocks(model: nn.Module, names: Sequence[str], *, strict: bool) -> list[Block]:
-    """Cuts a model once as it trains and once as it evaluates, since a forward pass may differ (functional dropout, say)."""
-    modes = {}
-    with undisturbed(model):
-        for training in (True, False):
-            model.train(training)
-            modes[training] = cut(model, names, strict=strict)
-    if len(modes[True]) != len(modes[False]):
-        raise CannotCutError(
-            f"{type(model).__name__} runs {len(modes[True])} of the blocks in training and {len(modes[False])} in evaluation: "
-            "begin blocks only at modules that run in both"
-        )
-    return [
-        Block(name, model, (body, takes), (other, other_takes))
-        for (name, body, takes), (_, other, other_takes) in zip(modes[True], modes[False], strict=True)
-    ]
 
 
 def output_tensors(values: Values) -> tuple[Tensor, ...]:

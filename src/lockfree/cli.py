@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from lockfree.choose import choose, unknown
 from lockfree.console import download, human_bytes, print_table, progress, short
 from lockfree.run import Run
 
 
+@runtime_checkable
 class Command(Protocol):
     """One command, its arguments parsed."""
 
@@ -42,16 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = _parse(arguments[0], choose(commands, arguments[0], "command"), arguments[1:])
         command.run(arguments)
+    except BrokenPipeError:  # whoever read our output has gone
+        return 0
     except (ValueError, OSError, ImportError, TypeError) as error:
         print(f"lockfree {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; a checkpoint was written, go on with the same command and --resume", file=sys.stderr)
+        hint = "; a checkpoint was written, go on with the same command and --resume" if _out(arguments) else ""
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
     except SystemExit as done:  # --help
         return int(done.code or 0)
-    except BrokenPipeError:
-        return 0
     return 0
 
 
@@ -91,10 +93,20 @@ def _defaults(command: type[Command], arguments: Sequence[str]) -> Any:
     """With --resume, what is left out means what the run was started with, not the command's defaults."""
     import tyro
 
-    if command is Train and "--resume" in arguments and "--out" in arguments[:-1]:
-        folder = Path(arguments[list(arguments).index("--out") + 1])
+    folder = _out(arguments)
+    if command is Train and "--resume" in arguments and folder is not None:
         return Train.of(Run.open(folder).config, folder)
     return tyro.MISSING_NONPROP
+
+
+def _out(arguments: Sequence[str]) -> Path | None:
+    """Returns what --out names, written in either way."""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        if argument == "--out" and following is not None:
+            return Path(following)
+        if argument.startswith("--out="):
+            return Path(argument.removeprefix("--out="))
+    return None
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------------------
@@ -165,7 +177,7 @@ class Train:
         if self.out is not None:
             title = f"{experiment.rule} on {experiment.data}"
             write_report(self.out / "report.html", title, [entry(experiment, result, Run.open(self.out))], _command(argv))
-        _conclude([result], self.out, as_json=self.json)
+        _conclude([result], self.out, result if self.json else None)
 
     def _check_same(self, experiment: Any) -> None:
         if self.out is None:
@@ -224,7 +236,7 @@ class Compare:
 
     def run(self, argv: Sequence[str]) -> None:
         """Trains by each rule in turn, writes the report, prints the table."""
-        from lockfree.experiment import Experiment, entry, write_report
+        from lockfree.experiment import Experiment, entry, load_once, write_report
 
         names = [name.strip() for name in self.rules.split(",") if name.strip()]
         if not names or len(set(names)) != len(names):
@@ -233,6 +245,9 @@ class Compare:
         for name in names:
             _known_rule(name)
         experiments = [Experiment(rule=name, **settings) for name in names]
+        if not self.resume:
+            Run.refuse_taken(self.out)
+        load_once(self.data, self.device)  # refuses what is misspelt or missing before anything is written
         whole = self._open({"rules": names, **settings})
         entries = []
         for experiment in experiments:
@@ -245,7 +260,7 @@ class Compare:
         write_report(self.out / "report.html", f"{', '.join(names)} on {self.data}", entries, _command(argv))
         results = [dict(one.result) for one in entries]
         whole.finish({"results": results})
-        _conclude(results, self.out, as_json=self.json)
+        _conclude(results, self.out, {"results": results} if self.json else None)
 
     def _open(self, config: dict[str, Any]) -> Run:
         if not self.resume:
@@ -332,6 +347,8 @@ class Data:
         if self.action == "fetch":
             if self.name is None:
                 raise ValueError(f"which set? lockfree data fetch NAME, NAME one of {', '.join(data.names())}")
+            if self.name not in data.names():
+                raise unknown("data set", self.name, data.names())
             with download() as show:
                 where = data.fetch(self.name, root=self.root, progress=show)
             print(json.dumps({"name": self.name, "path": str(where)}) if self.json else f"{self.name} is in {where}")
@@ -401,10 +418,9 @@ def _finished(folder: Path, epochs: int) -> dict[str, Any] | None:
     return result if result and result["epochs"] >= epochs else None
 
 
-def _conclude(results: Sequence[dict[str, Any]], out: Path | None, *, as_json: bool) -> None:
-    """Prints the table and where the report is, or one JSON object."""
-    if as_json:
-        whole = {"results": list(results)} if len(results) > 1 else dict(results[0])
+def _conclude(results: Sequence[dict[str, Any]], out: Path | None, whole: dict[str, Any] | None) -> None:
+    """Prints the table and where the report is, or the whole as one JSON object."""
+    if whole is not None:
         print(json.dumps(whole | ({"out": str(out)} if out else {})))
         return
     rows = [

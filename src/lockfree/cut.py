@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, no_type_check
 from unittest import mock
 
 import torch
@@ -76,6 +76,7 @@ class _Tracer(fx.Tracer):
             self._has_weights |= any(True for _ in m.parameters())
         return super().call_module(m, forward, args, kwargs)
 
+    @no_type_check  # a checker's wrapper would be one more frame
     def to_bool(self, obj: fx.Proxy) -> bool:
         # An assertion about the input checks the user's usage; the trace takes it as true. Any other branch is refused.
         frame = sys._getframe(1)
@@ -191,7 +192,31 @@ def _holds_weights(module: nn.Module) -> bool:
     )
 
 
-def cut(model: nn.Module, names: Sequence[str], *, strict: bool) -> list[tuple[str, nn.Module, int]]:
+class Piece(NamedTuple):
+    """What runs one block.
+
+    Attributes:
+        name: The first module with weights inside.
+        body: The operations.
+        takes: How many values it takes.
+    """
+
+    name: str
+    body: nn.Module
+    takes: int
+
+
+def ancestors(names: Sequence[str]) -> set[str]:
+    """Returns the names of the modules that hold the named ones; these are traced through.
+
+    Example:
+        >>> sorted(ancestors(["a.b.c", "d"]))
+        ['a', 'a.b']
+    """
+    return {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)}
+
+
+def cut(model: nn.Module, names: Sequence[str], *, strict: bool) -> list[Piece]:
     """Cuts a model, in its present mode, where the named modules begin.
 
     Args:
@@ -200,16 +225,15 @@ def cut(model: nn.Module, names: Sequence[str], *, strict: bool) -> list[tuple[s
         strict: Whether a name that the forward pass never reaches is an error.
 
     Returns:
-        For each block, bottom to top: the module that it begins with, what runs it, and how many values it takes.
+        What runs each block, bottom to top.
 
     Raises:
         CannotCutError: If the forward pass cannot be traced, or never calls a named module.
     """
     if not names:
-        return [("", model, 1)]
-    wanted = set(names)
-    ancestors = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)}
-    tracer, graph = trace(model, lambda name, _: name not in ancestors, wanted.__contains__)
+        return [Piece("", model, 1)]
+    above, wanted = ancestors(names), set(names)
+    tracer, graph = trace(model, lambda name, _: name not in above, wanted.__contains__)
     missed = [name for name in names if name not in tracer.began]
     if strict and missed:
         raise CannotCutError(
@@ -219,7 +243,7 @@ def cut(model: nn.Module, names: Sequence[str], *, strict: bool) -> list[tuple[s
     return _deal(model, tracer.root, graph)
 
 
-def _deal(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[tuple[str, nn.Module, int]]:
+def _deal(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[Piece]:
     """Deals the operations of a traced model to blocks, with the values that travel between them."""
     nodes = list(graph.nodes)
     last = nodes[-1].meta["block"]
@@ -233,7 +257,7 @@ def _deal(model: nn.Module, root: nn.Module, graph: fx.Graph) -> list[tuple[str,
         body = _plain_sequence(root, incoming, own, outgoing, nodes[-1])
         if body is None:
             body = fx.GraphModule(root, _block_graph(incoming, own, outgoing, nodes[-1]))
-        pieces.append((called[0] if called else "", body, len(incoming)))
+        pieces.append(Piece(called[0] if called else "", body, len(incoming)))
     return pieces
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lockfree import models, rules
 from lockfree.choose import choose, unknown
-from lockfree.data import Dataset, TensorLoader, load
+from lockfree.data import Dataset, TensorLoader, data_root, load
 from lockfree.learner import Learner, convert
 from lockfree.link import Link
 from lockfree.report import Entry, write
@@ -72,6 +72,7 @@ class Experiment:
             raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
         choose(OPTIMIZERS, self.optimizer, "optimizer")
         models.check(self.model)
+        _check_device(self.device)
         self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -152,10 +153,24 @@ class Experiment:
         return cls(**settings)
 
 
-@functools.lru_cache(maxsize=1)
 def load_once(name: str, device: str) -> Dataset:
     """Loads a data set onto a device; the last one stays, since a comparison trains on it again and again."""
-    return load(name).to(device)
+    return _load_once(name, device, data_root())
+
+
+@functools.lru_cache(maxsize=1)
+def _load_once(name: str, device: str, root: Path) -> Dataset:
+    return load(name, root=root).to(device)
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: give cpu, cuda or cuda:0") from None
+    here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= here:
+        raise ValueError(f"no device {name!r} on this machine: give cpu" + (" or cuda" if torch.cuda.is_available() else ""))
 
 
 def parse_fields(rule: str, assignments: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A layer $y = f(x, W)$ that is linear in x sends $\partial L/\partial x = J(W)^T 
 of W it sends $J(B)^T \delta$ instead; everything else, the gradient of W included, stays as it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,13 +45,20 @@ def _linear(layer: nn.Module, feedback: Tensor, gradient: Tensor, shape: torch.S
 
 def _convolution(layer: Any, feedback: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise ValueError(f"feedback through {layer} is defined for explicit zero padding only: give padding as a number")
+        return _by_autograd(layer, feedback, gradient, shape)
     empty = gradient.new_empty(1).expand(shape)
-    transposed, rank = False, len(layer.kernel_size)
-    return torch.ops.aten.convolution_backward(
-        gradient, empty, feedback, None, layer.stride, layer.padding, layer.dilation, transposed, [0] * rank, layer.groups,
-        [True, False, False],
-    )[0]  # fmt: skip
+    transposed, no_output_padding = False, [0] * len(layer.kernel_size)
+    wanted = [True, False, False]  # dL/dx alone
+    arguments = (layer.stride, layer.padding, layer.dilation, transposed, no_output_padding, layer.groups, wanted)
+    return torch.ops.aten.convolution_backward(gradient, empty, feedback, None, *arguments)[0]
+
+
+def _by_autograd(layer: nn.Module, feedback: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+    """Differentiates the layer with B for W; it is linear in x, so any x will do."""
+    with torch.enable_grad():
+        x = gradient.new_zeros(shape, requires_grad=True)
+        y = torch.func.functional_call(layer, {"weight": feedback}, (x,))
+    return torch.autograd.grad(y, x, gradient)[0]
 
 
 for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
@@ -62,27 +69,31 @@ class FeedbackWeights(nn.Module):
     """Fixed random feedback weights for every layer of a block, as buffers named after the layers.
 
     Args:
-        block: The piece of the user's model.
+        layers: The modules of a block, each with its name.
         rule: Who asks, for the error message.
 
     Raises:
         ValueError: If a layer with a weight matrix has no registered feedback form.
     """
 
-    def __init__(self, block: nn.Module, *, rule: str) -> None:
+    def __init__(self, layers: Iterable[tuple[str, nn.Module]], *, rule: str) -> None:
         super().__init__()
         self._layers: list[nn.Module] = []
-        for name, layer in block.named_modules():
-            weights = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
-            if not weights or isinstance(layer, _EXEMPT):
+        for name, layer in layers:
+            matrices = [key for key, value in layer.named_parameters(recurse=False) if value.dim() > 1]
+            if not matrices or isinstance(layer, _EXEMPT):
                 continue
+            if matrices != ["weight"]:
+                raise ValueError(
+                    f"{rule} serves layers with one matrix, called weight; {type(layer).__name__} ('{name}') has "
+                    f"{', '.join(matrices)}: build it from such layers, or register one with register_feedback"
+                )
             if type(layer) not in _BACKWARDS:
                 raise ValueError(
                     f"{rule} does not know how a {type(layer).__name__} ('{name}') sends credit down: register it with "
-                    "lockfree.feedback.register_feedback, or cut so that another rule serves its block"
+                    "lockfree.feedback.register_feedback, or build it from layers that are known"
                 )
-            weight = layer.get_parameter("weight")
-            feedback = torch.empty_like(weight, requires_grad=False)
+            feedback = torch.empty_like(layer.get_parameter("weight"), requires_grad=False)
             nn.init.kaiming_uniform_(feedback, a=5**0.5)  # as PyTorch initialises these layers' weights
             self.register_buffer(f"layer_{len(self._layers)}", feedback)
             self._layers.append(layer)

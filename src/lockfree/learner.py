@@ -60,6 +60,7 @@ class Learner:
         self.model, self.chain, self.rule, self.schedule = chain.model, chain, rule, schedule
         self.steps = 0
         self._executor, self._assembly, self._same = executor, assembly, same
+        self._buffers = list(self.model.buffers())
         self._first = 0  # batches before this one have been drained
         self._seen: set[tuple] = set()
 
@@ -87,7 +88,11 @@ class Learner:
         flights = self._assembly.flights
         flights[tick] = Flight(detach(x), y, self.schedule.actions_per_batch)
         with self._all_or_nothing():
-            outcome = self._executor.run(self._assembly, self.schedule.tick(tick, self._first, tick))
+            try:
+                outcome = self._executor.run(self._assembly, self.schedule.tick(tick, self._first, tick))
+            except (RuntimeError, IndexError):
+                self._try_on_the_loss(x, y)  # gives a clearer reason, if the targets are to blame
+                raise
         self.steps += 1
         batch, loss = next(iter(outcome.losses.items()), (None, None))
         return StepResult(batch, {cell: value for (cell, _), value in outcome.auxiliary.items()}, loss)
@@ -102,11 +107,15 @@ class Learner:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """After an error nothing half-learnt stays in flight, so that training can go on with the next batch."""
+        """After an error nothing half-learnt stays: weights have not changed yet, and running statistics are put back."""
+        backup = [buffer.clone() for buffer in self._buffers]
         try:
             yield
         except BaseException:
             self._clear()
+            with torch.no_grad():
+                for buffer, value in zip(self._buffers, backup, strict=True):
+                    buffer.copy_(value)
             raise
 
     def _clear(self) -> None:
@@ -122,8 +131,11 @@ class Learner:
             self._refuse_single_sample(x)
         kind = (_signature(x), _signature(y))
         if kind not in self._seen:
-            self._assembly.objective.check(self._evaluate(x, lambda model, inputs: model(inputs)), y)
+            self._try_on_the_loss(x, y)
             self._seen.add(kind)
+
+    def _try_on_the_loss(self, x: Values, y: Any) -> None:
+        self._assembly.objective.check(self._evaluate(x, lambda model, inputs: model(inputs)), y)
 
     def _refuse_single_sample(self, x: Values) -> None:
         for name, module in self.model.named_modules():
@@ -309,6 +321,9 @@ def convert(
     rule = rules.get(rule) if isinstance(rule, str) else rule
     if not isinstance(rule, Rule):
         raise TypeError(f"rule must be a rule such as lockfree.rules.SyntheticGradients(), or its name, got {rule!r}")
+    if not callable(optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a function such as lambda params: torch.optim.SGD(params, lr=0.1), got {kind}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     chain = Chain(model, blocks, example_input=example_input)
@@ -359,6 +374,7 @@ def _make_cells(chain: Chain, rule: Rule, plan: Schedule, example_input: Values 
             joined=(i > 0 and joins[i - 1], joins[i]),
             reports=below_wants[i] and not joins[i - 1],
             overlaps=(plan.overlaps(i, Kind.LEARN), plan.overlaps(i, Kind.AUXILIARY)),
+            learns_early=plan.learns_early(i),
         )
         for i, (place, block) in enumerate(zip(places, chain.blocks, strict=True))
     ]

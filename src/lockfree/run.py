@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from lockfree import checkpoint
 
@@ -61,7 +61,7 @@ class Run:
     config: dict[str, Any]
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> Self:
+    def create(cls, folder: str | os.PathLike[str], config: Mapping[str, Any]) -> "Run":
         """Begins a run in a folder of its own.
 
         Args:
@@ -95,7 +95,7 @@ class Run:
             raise ValueError(f"{folder} is not an empty folder and holds no run: choose another --out, or empty it")
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Self:
+    def open(cls, folder: str | os.PathLike[str]) -> "Run":
         """Opens a run that `create` began.
 
         Args:

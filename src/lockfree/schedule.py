@@ -132,6 +132,10 @@ class Schedule:
         above = cell + 1 < self.cells and self.needs[cell] == Needs.ABOVE and not self.overlaps(cell, Kind.LEARN)
         return above and self._offset[cell, Kind.LEARN] == self._offset[cell + 1, Kind.LEARN]
 
+    def learns_early(self, cell: int) -> bool:
+        """Whether a block learns in an earlier tick than that in which the batch reaches the loss."""
+        return self._offset[cell, Kind.LEARN] < self._offset[self.cells - 1, Kind.FORWARD]
+
     def overlaps(self, cell: int, kind: Kind) -> bool:
         """Whether weights may change between a call and its use: of the block before L, of the auxiliary network before A."""
         before = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN}[kind]

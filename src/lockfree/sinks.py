@@ -19,10 +19,13 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError('the TensorBoard sink needs tensorboard: pip install "lockfree[tensorboard]"') from error
-        self._writer = SummaryWriter(str(folder))
+        self._make = lambda: SummaryWriter(str(folder))
+        self._writer: SummaryWriter | None = None  # made with the first record, so that a run that is refused leaves nothing
 
     def __call__(self, kind: str, values: dict[str, Any]) -> None:
         """Writes the numbers of one record."""
+        if self._writer is None:
+            self._writer = self._make()
         for name, value in values.items():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 self._writer.add_scalar(f"{kind}/{name}", value, values["step"])

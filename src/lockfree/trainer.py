@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import signal
 import threading
 import time
@@ -125,6 +126,9 @@ class Trainer:
         self._sinks, self._log_every, self._checkpoint_every = list(sinks), log_every, checkpoint_every
         self._scheduler, self._resume = scheduler, resume
         self._progress = _Progress()
+        for name, every in (("log_every", log_every), ("checkpoint_every", checkpoint_every)):
+            if every is not None and every < 1:
+                raise ValueError(f"{name}={every}: give a number of steps, 1 or more")
         if resume and run is None:
             raise ValueError("resume=True needs the folder of the run to go on with: pass run=")
         self.run = self._open(run)
@@ -176,7 +180,8 @@ class Trainer:
         for x, y in batches:
             loss = self._step(x, y)
             progress.batch += 1
-            progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + (loss == loss)
+            if not math.isnan(loss):  # a pipeline that fills has none yet
+                progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
             progress.samples += batch_size(x)
             now = time.perf_counter()
             progress.seconds, clock = progress.seconds + now - clock, now
@@ -198,6 +203,8 @@ class Trainer:
         at_checkpoint = get_rng()
         set_rng(resumed)
         batches = iter(loader)
+        if not self._progress.batch:
+            return batches
         skipped = sum(1 for _ in itertools.islice(batches, self._progress.batch))
         if skipped < self._progress.batch:
             raise ValueError(

@@ -20,7 +20,7 @@ class Flight:
     """A batch between its entry and its last action.
 
     Attributes:
-        inputs: The batch, until the bottom cell has taken it.
+        inputs: The batch.
         target: Its targets.
         remaining: Actions still to come.
         shared: Scratch space of the rule for this batch, common to all cells.

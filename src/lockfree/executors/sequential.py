@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lockfree.cell import Cell, full_precision
@@ -9,7 +10,7 @@ from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.objective import Diverged, is_finite
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
-from lockfree.values import Credit
+from lockfree.values import Credit, tensors
 
 
 class Sequential(Executor):
@@ -38,8 +39,12 @@ class Sequential(Executor):
 def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
     flight, index = assembly.flights[batch], cell.place.index
     inputs = assembly.links[index - 1].take(batch) if index else flight.inputs
-    flight.inputs = None
     outputs = cell.forward(batch, inputs, flight.target, flight.shared)
+    if cell.learns_early and not all(bool(tensor.isfinite().all()) for tensor in tensors(outputs)):
+        raise Diverged(
+            f"training broke at step {batch + 1}: cell {index} ('{cell.block.name}') gave the first output that is not finite; look for "
+            "bad values in the data, lower the learning rate, or go on from the last checkpoint"
+        )
     if not cell.place.top:
         assembly.links[index].lift(batch, outputs)
         return
@@ -80,13 +85,15 @@ def _credit_for(assembly: Assembly, cell: Cell, needs: Needs | None, batch: int)
 
 
 def _where_it_broke(assembly: Assembly, batch: int, loss: Tensor) -> str:
-    """Names the lowest cell whose output is not finite."""
-    for cell in assembly.cells:
-        if any(not bool(output.isfinite().all()) for output in cell.outputs(batch)):
-            where = f"cell {cell.place.index} ('{cell.block.name}') gave the first output that is not finite"
-            break
-    else:
-        where = f"cell {assembly.cells[-1].place.index} (the top one) gave finite scores, the loss itself is not finite"
+    """Names the lowest cell whose output is not finite; the batch is run once more for that."""
+    where = f"cell {assembly.cells[-1].place.index} (the top one) gave finite scores, the loss itself is not finite"
+    values = assembly.flights[batch].inputs
+    with torch.no_grad():
+        for cell in assembly.cells:
+            values = cell.block(values)
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors(values)):
+                where = f"cell {cell.place.index} ('{cell.block.name}') gave the first output that is not finite"
+                break
     return (
         f"the loss is {loss.item()} at step {batch + 1}: {where}; look for bad values in the data, lower the learning rate, "
         "or go on from the last checkpoint"

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from lockfree.chain import Block
 from lockfree.feedback import FeedbackWeights, routed
 from lockfree.rule import Card, Context, Needs, Place, Rule, Site
 from lockfree.values import Credit, Values
@@ -46,7 +47,8 @@ class FeedbackAlignment(Rule):
         return Needs.ABOVE
 
     def build(self, site: Site) -> nn.Module | None:
-        return FeedbackWeights(site.block, rule="feedback alignment")
+        assert isinstance(site.block, Block)
+        return FeedbackWeights(site.block.layers(), rule="feedback alignment")
 
     def run(self, block: nn.Module, auxiliary: nn.Module | None, inputs: Values) -> Values:
         assert isinstance(auxiliary, FeedbackWeights)

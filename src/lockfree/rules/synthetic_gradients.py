@@ -2,6 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,6 +77,8 @@ class SyntheticGradients(Rule):
             )
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that a synthetic gradient has its output's size")
+        if self.borders is not None and not self.borders:
+            raise ValueError("borders=() leaves no synthesiser: name some, or leave borders out for all of them")
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
 
@@ -114,7 +117,7 @@ class SyntheticGradients(Rule):
                 raise ValueError(
                     f"a label-conditioned synthesiser needs class scores (batch, classes), this model gives {shape}"
                 )
-        return nn.ModuleList(self._synthesiser(y, classes) for y in site.outputs)
+        return _Synthesisers(self._synthesiser(y, classes) for y in site.outputs)
 
     def _synthesiser(self, y: Tensor, classes: int) -> "Synthesiser":
         if y.dim() == 4:
@@ -130,18 +133,20 @@ class SyntheticGradients(Rule):
     def credit(self, context: Context) -> Credit | None:
         if not self._synthesises(context.place):
             return context.above
-        assert isinstance(context.auxiliary, nn.ModuleList)
-        which = _one_hot(context) if self.conditioned else None
-        pairs = zip(context.auxiliary, context.outputs, strict=True)
+        assert isinstance(context.auxiliary, _Synthesisers)
+        if not context.outputs:  # frozen up to here: there is nothing to have a gradient
+            return ()
+        which = _one_hot(context, context.auxiliary.classes) if self.conditioned else None
+        pairs = zip(context.auxiliary.each(), context.outputs, strict=True)
         context.memo = [synthesiser.predict(y, which, context.samples) for synthesiser, y in pairs]
         return tuple(prediction.credit for prediction in context.memo)
 
     def learn(self, context: Context) -> Tensor | None:
         if context.above is None:
             return None
-        assert isinstance(context.auxiliary, nn.ModuleList)
+        assert isinstance(context.auxiliary, _Synthesisers)
         loss = None
-        for synthesiser, prediction, truth in zip(context.auxiliary, context.memo, context.above, strict=True):
+        for synthesiser, prediction, truth in zip(context.auxiliary.each(), context.memo, context.above, strict=True):
             if truth is not None:
                 # dL/d(prediction) = (prediction - m truth) / m, which is the credit minus the truth: the loss needs no graph.
                 difference = prediction.credit.sub_(truth)
@@ -302,12 +307,26 @@ class ConvolutionalSynthesiser(Synthesiser):
         return self.layers(y)
 
 
-def _one_hot(context: Context) -> Tensor:
+class _Synthesisers(nn.ModuleList):
+    """The synthesisers of one border, one for each tensor that crosses it and carries credit."""
+
+    def each(self) -> list[Synthesiser]:
+        """Returns them in the order of the tensors."""
+        return [module for module in self if isinstance(module, Synthesiser)]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes that they are conditioned on."""
+        return self.each()[0].classes
+
+
+def _one_hot(context: Context, classes: int) -> Tensor:
     """Returns the batch's labels as one-hot rows, made once for all cells."""
     if "one_hot" not in context.shared:
-        label, classes = context.target, context.auxiliary[0].classes
+        label = context.target.long()[:, None]
         zeros = context.outputs[0].new_zeros(len(label), classes)
-        context.shared["one_hot"] = zeros.scatter_(1, label[:, None], 1)
+        # A negative label is one that the loss ignores; it has no class.
+        context.shared["one_hot"] = zeros.scatter_(1, label.clamp_min(0), (label >= 0).to(zeros.dtype))
     return context.shared["one_hot"]
 
 
