@@ -2,9 +2,8 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -117,7 +116,7 @@ class SyntheticGradients(Rule):
                 raise ValueError(
                     f"a label-conditioned synthesiser needs class scores (batch, classes), this model gives {shape}"
                 )
-        return _Synthesisers(self._synthesiser(y, classes) for y in site.outputs)
+        return nn.ModuleList(self._synthesiser(y, classes) for y in site.outputs)
 
     def _synthesiser(self, y: Tensor, classes: int) -> "Synthesiser":
         if y.dim() == 4:
@@ -133,20 +132,20 @@ class SyntheticGradients(Rule):
     def credit(self, context: Context) -> Credit | None:
         if not self._synthesises(context.place):
             return context.above
-        assert isinstance(context.auxiliary, _Synthesisers)
+        synthesisers = _synthesisers(context)
         if not context.outputs:  # frozen up to here: there is nothing to have a gradient
             return ()
-        which = _one_hot(context, context.auxiliary.classes) if self.conditioned else None
-        pairs = zip(context.auxiliary.each(), context.outputs, strict=True)
+        which = _one_hot(context, synthesisers[0].classes) if self.conditioned else None
+        pairs = zip(synthesisers, context.outputs, strict=True)
         context.memo = [synthesiser.predict(y, which, context.samples) for synthesiser, y in pairs]
         return tuple(prediction.credit for prediction in context.memo)
 
     def learn(self, context: Context) -> Tensor | None:
         if context.above is None:
             return None
-        assert isinstance(context.auxiliary, _Synthesisers)
+        synthesisers = _synthesisers(context)
         loss = None
-        for synthesiser, prediction, truth in zip(context.auxiliary.each(), context.memo, context.above, strict=True):
+        for synthesiser, prediction, truth in zip(synthesisers, context.memo, context.above, strict=True):
             if truth is not None:
                 # dL/d(prediction) = (prediction - m truth) / m, which is the credit minus the truth: the loss needs no graph.
                 difference = prediction.credit.sub_(truth)
@@ -307,17 +306,9 @@ class ConvolutionalSynthesiser(Synthesiser):
         return self.layers(y)
 
 
-class _Synthesisers(nn.ModuleList):
-    """The synthesisers of one border, one for each tensor that crosses it and carries credit."""
-
-    def each(self) -> list[Synthesiser]:
-        """Returns them in the order of the tensors."""
-        return [module for module in self if isinstance(module, Synthesiser)]
-
-    @property
-    def classes(self) -> int:
-        """Number of classes that they are conditioned on."""
-        return self.each()[0].classes
+def _synthesisers(context: Context) -> list[Synthesiser]:
+    """Returns the synthesisers of the cell, one for each tensor that crosses its border and carries credit."""
+    return list(cast("nn.ModuleList", context.auxiliary))  # pyrefly: ignore[bad-return]
 
 
 def _one_hot(context: Context, classes: int) -> Tensor:
