@@ -56,8 +56,6 @@ def plain_losses(model, loss, optimizer, batches):
 @pytest.mark.parametrize("blocks", [None, "names", 2, 3])
 @named(MODELS.values())
 def test_backprop_equals_a_plain_loop(case, blocks, optimizer, dtype):
-    # BUG: for in_place with a number of blocks, balance._measure runs the pieces on leaves without the copies that Block makes
-    # for one that changes its input, so convert raises RuntimeError "a leaf Variable ... is being used in an in-place operation".
     double = dtype == torch.float64
     if case.name == "resnet20" and (double, optimizer == "adam") != (blocks in (3, "names"), blocks in (2, "names")):
         pytest.skip("one combination for each cut is enough for the largest model")
@@ -406,8 +404,6 @@ class RunningScale(nn.Module):
 
 @pytest.mark.parametrize("schedule", [SCHEDULES[0], SCHEDULES[1], SCHEDULES[4]], ids=lambda row: row.name)
 def test_buffers_that_change_under_a_call_in_flight(schedule):
-    # BUG (under delays): Stash keeps old weights, not old buffers. A buffer that autograd saved and that a later forward changes
-    # in place is read back as it is now: where autograd alone would raise, the gradient is silently another one.
     def make():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -423,8 +419,6 @@ def test_buffers_that_change_under_a_call_in_flight(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda row: row.name)
 @pytest.mark.parametrize("kind", ["backprop", "dfa", "dni"])
 def test_blocks_that_share_a_weight_keep_the_one_that_they_ran_with(kind, schedule):
-    # BUG (where it fails): Stash.before_update is only called for cells that learnt in this tick, but a shared weight is also
-    # moved by the other cells that hold it: calls in flight then take their gradient at weights that they never saw.
     def make():
         generator = torch.Generator().manual_seed(5)
         layers = [nn.Linear(6, 6, dtype=torch.float64) for _ in range(4)]
@@ -532,7 +526,6 @@ def test_resume_is_bit_identical_at_every_step(rule, schedule, tmp_path):
 @pytest.mark.parametrize("schedule", [SCHEDULES[2], SCHEDULES[4]], ids=lambda row: row.name)
 @pytest.mark.parametrize("rule", ["backprop", "dni-hidden", "dfa"])
 def test_resume_in_mid_flight_for_every_kind_of_model(model, rule, schedule, tmp_path):
-    # BUG (where it fails, for models with a shared weight): see test_blocks_that_share_a_weight_keep_the_one_that_they_ran_with.
     model = MODELS[model]
     batches = model.batches(STEPS)
     whole = learner_for(model, BY_NAME[rule].make(), schedule=schedule)
@@ -589,7 +582,6 @@ def test_a_stranger_s_state_changes_nothing(which):
 
 
 def test_a_state_with_another_optimizer_changes_nothing():
-    # BUG: load_state_dict does not look at the optimizer: it takes Adam's state into SGD, and the next step raises KeyError.
     mine = learner_for(MLP, BY_NAME["dni"].make(), optimizer=cases.momentum)
     theirs = learner_for(MLP, BY_NAME["dni"].make(), optimizer=cases.adam, seed=1)
     batch = MLP.batches(1)[0]
@@ -602,7 +594,6 @@ def test_a_state_with_another_optimizer_changes_nothing():
 
 
 def test_a_state_of_another_dtype_changes_nothing():
-    # BUG: load_state_dict compares shapes only: a float64 model's state is rounded into a float32 model without a word.
     mine = learner_for(MLP, BY_NAME["backprop"].make())
     theirs = learner_for(MLP, BY_NAME["backprop"].make(), dtype=torch.float64, seed=1)
     before = mine.state_dict()
@@ -612,8 +603,6 @@ def test_a_state_of_another_dtype_changes_nothing():
 
 
 def test_a_state_whose_auxiliary_networks_have_another_size_changes_nothing():
-    # BUG: feedback matrices depend on the size of the images, the model's own parameters do not: the model is already
-    # overwritten when Module.load_state_dict raises RuntimeError for the auxiliary network.
     def make(size, seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

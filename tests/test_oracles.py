@@ -280,8 +280,6 @@ def test_a_label_enters_an_image_as_one_plane_for_each_class():
 
 
 def test_labels_that_the_loss_ignores_do_not_break_a_conditioned_synthesiser():
-    # BUG: cross entropy ignores targets of -100, so Objective.check lets them through; _one_hot then scatters to row -100 and
-    # raises RuntimeError. They should give a zero row (no label) or a ValueError.
     learner = learner_for(MODELS["in_place"], SyntheticGradients(conditioned=True))
     x, y = MODELS["in_place"].batches(1)[0]
     y[0] = -100
@@ -289,7 +287,6 @@ def test_labels_that_the_loss_ignores_do_not_break_a_conditioned_synthesiser():
 
 
 def test_targets_that_are_no_class_numbers_are_refused_by_a_conditioned_synthesiser():
-    # BUG: a regression's float targets pass conversion and Objective.check; scatter_ raises RuntimeError in mid-step.
     learner = lf.convert(
         nn.Sequential(nn.Linear(6, 5), nn.Linear(5, CLASSES)),
         "cdni",
@@ -410,7 +407,7 @@ def test_a_convolution_sends_credit_down_through_its_feedback_weights(data):
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](2 * groups, 2 * groups, kernel, dtype=F64, **settings_)
     plain = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     block = nn.Sequential(layer)
-    weights = FeedbackWeights(block, rule="feedback alignment")
+    weights = FeedbackWeights(block.named_modules(), rule="feedback alignment")
     ((_, B),) = weights.pairs()
     x = torch.randn(2, 2 * groups, *size, dtype=F64, requires_grad=True)
     with routed(block, weights):
@@ -460,7 +457,6 @@ def test_a_layer_without_a_feedback_form_is_refused_by_name(name):
 
 @pytest.mark.parametrize("name", STRANGE_LAYERS)
 def test_the_refusal_calls_the_layer_as_the_user_s_model_does(name):
-    # BUG: the name is that inside of Block, '_bodies.0.layer', which the user cannot find; it should be '1.layer'.
     with pytest.raises(ValueError, match=r"'1\.layer(\.out_proj)?'"):
         lf.convert(strange_model(name), "fa", loss=F.cross_entropy, optimizer=cases.sgd)
 
@@ -500,8 +496,6 @@ def test_a_registered_layer_works():
 @pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("name", ["Bilinear", "MultiheadAttention", "LSTM"])
 def test_a_registered_layer_of_several_matrices_or_inputs_is_refused_with_a_reason(name):
-    # BUG: the error for these layers says to register them, but a registered one with no parameter called "weight"
-    # (MultiheadAttention, LSTM) raises AttributeError at conversion, and one of two inputs (Bilinear) TypeError in the first step.
     for kind in (getattr(nn, name), type(nn.MultiheadAttention(2, 1).out_proj)):
         register_feedback(kind)(lambda layer, weights, gradient, shape: gradient.new_zeros(shape))
     generator = torch.Generator().manual_seed(1)
@@ -511,11 +505,29 @@ def test_a_registered_layer_of_several_matrices_or_inputs_is_refused_with_a_reas
         )
 
 
-def test_padding_without_a_feedback_form_is_refused_at_conversion():
-    # BUG: it is refused in the first backward pass only.
-    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3, padding="same"), nn.Flatten(), nn.Linear(16, CLASSES))
-    with pytest.raises(ValueError, match="padding"):
-        lf.convert(model, "fa", loss=F.cross_entropy, optimizer=cases.sgd)
+@pytest.mark.parametrize(
+    "padding", [{"padding": "same"}, {"padding": "valid"}, {"padding": 1, "padding_mode": "circular"}], ids=str
+)
+def test_every_padding_has_a_feedback_form(padding):
+    def make():
+        convolution = nn.Conv1d(4, 4, 3, dtype=F64, **padding)
+        return nn.Sequential(nn.Conv1d(2, 4, 1, dtype=F64), convolution, nn.Flatten(), nn.LazyLinear(CLASSES, dtype=F64))
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = draw(generator, 8, 2, 6), torch.randint(CLASSES, (8,), generator=generator)
+    torch.manual_seed(0)
+    first = make()
+    first(x)
+    second = copy.deepcopy(first)
+    own, backprop = (
+        lf.convert(model, rule, loss=F.cross_entropy, optimizer=cases.sgd)
+        for model, rule in ((first, "fa"), (second, "backprop"))
+    )
+    use_own_weights(own)
+    own.step(x, y)
+    backprop.step(x, y)
+    for value, expected in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
 
 
 # ---- direct feedback alignment -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import nn
 from lockfree.cut import CannotCutError, cut, trace, untraceable_module
 from lockfree.memory import ActivationMeter
 from lockfree.rng import undisturbed
-from lockfree.values import Values, as_leaves, detach, tensors
+from lockfree.values import Values, as_leaves, clone, detach, tensors
 
 
 class _Piece(NamedTuple):
@@ -84,7 +84,8 @@ def _measure(model: nn.Module, names: Sequence[str], example_input: Values) -> l
         for name, body, takes in finest:
             meter = ActivationMeter(model)
             with meter.watch():
-                made = body(values) if takes == 1 else body(*values)
+                copies = clone(values)  # a piece may begin with an operation in place
+                made = body(copies) if takes == 1 else body(*copies)
             incoming = sum(tensor.untyped_storage().nbytes() for tensor in tensors(values))
             measured.append(_Piece(name, meter.peak, incoming))
             values = as_leaves(detach(made), made)

@@ -147,9 +147,12 @@ class Cell:
         return loss
 
     def before_update(self) -> None:
-        """Keeps, before the weights change at the end of a tick, those that calls in flight ran with."""
-        for learnt, stash in zip(self.learnt, (self._block_stash, self._auxiliary_stash), strict=True):
-            if learnt and stash is not None:
+        """Keeps, before weights change at the end of a tick, those that calls in flight ran with.
+
+        Another cell's learning moves the weights that it shares with this one, so it does not matter who has learnt.
+        """
+        for stash in (self._block_stash, self._auxiliary_stash):
+            if stash is not None:
                 stash.before_update()
         self.learnt = [False, False]
 

@@ -135,7 +135,12 @@ def routed(block: nn.Module, weights: FeedbackWeights) -> Iterator[None]:
 def _forward_through(layer: nn.Module, feedback: Tensor) -> Callable[[Tensor], Tensor]:
     original = layer.forward
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, *more: Tensor) -> Tensor:
+        if more:
+            kind = type(layer).__name__
+            raise ValueError(
+                f"feedback weights serve layers of one input, {kind} got {1 + len(more)}: build it from such layers"
+            )
         if not x.requires_grad:
             return original(x)
         return _SendDown.apply(x, original(x.detach()), feedback, layer)

@@ -15,7 +15,7 @@ from lockfree.chain import Chain
 from lockfree.choose import choose
 from lockfree.executors import EXECUTORS, Assembly, Executor, Flight
 from lockfree.link import Link, links_between
-from lockfree.objective import Loss, Objective
+from lockfree.objective import Loss, Objective, describe
 from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.rule import Needs, Place, Rule, Site, locks
 from lockfree.schedule import SCHEDULES, Kind, Schedule
@@ -249,13 +249,18 @@ class Learner:
             theirs = state["of"].get(what)
             if theirs != mine:
                 raise ValueError(f"the state is of another {what}: it was saved with {theirs}, this learner has {mine}")
-        shapes = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        others = {name: tuple(value.shape) for name, value in state["model"].items()}
-        for name in sorted(shapes.keys() | others.keys()):
-            if shapes.get(name) != others.get(name):
-                raise ValueError(
-                    f"the state is of another model: '{name}' has shape {others.get(name)} there and {shapes.get(name)} here"
-                )
+        _same_tensors("model", state["model"], self.model.state_dict())
+        for saved, cell in zip(state["cells"], self.cells, strict=True):
+            if cell.auxiliary is not None:
+                what = f"auxiliary network of cell {cell.place.index}"
+                _same_tensors(what, saved["auxiliary"], cell.auxiliary.state_dict())
+
+
+def _same_tensors(what: str, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
+    for name in sorted(theirs.keys() | mine.keys()):
+        there, here = (describe(tensors[name]) if name in tensors else "missing" for tensors in (theirs, mine))
+        if there != here:
+            raise ValueError(f"the state is of another {what}: '{name}' is {there} there and {here} here")
 
 
 def _signature(values: Any) -> tuple:
@@ -335,8 +340,14 @@ def convert(
     cells = _make_cells(chain, rule, plan, example_input)
     helping = [parameter for cell in cells if cell.auxiliary is not None for parameter in _trained(cell.auxiliary)]
     make_auxiliary = auxiliary_optimizer or rule.auxiliary_optimizer
-    same = {"rule": repr(rule), "cut": repr(chain), "schedule": f"{plan.name}, delays {list(plan.delays)}"}
-    assembly = Assembly(cells, all_links, Objective(loss), optimizer(trained), make_auxiliary(helping) if helping else None)
+    stepping, helper = optimizer(trained), make_auxiliary(helping) if helping else None
+    same = {
+        "rule": repr(rule),
+        "cut": repr(chain),
+        "schedule": f"{plan.name}, delays {list(plan.delays)}",
+        "optimizer": " and ".join(type(one).__name__ for one in (stepping, helper) if one is not None),
+    }
+    assembly = Assembly(cells, all_links, Objective(loss), stepping, helper)
     return Learner(chain, rule, plan, choose(EXECUTORS, executor, "executor")(), assembly, same)
 
 

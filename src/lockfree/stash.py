@@ -37,11 +37,13 @@ class Call:
         version: Number of updates that the weights had seen.
         rng: State of the random generators before the call.
         autocast: The ambient autocast as (device type, dtype), or ``None``.
+        buffers: The module's buffers before the call.
     """
 
     version: int
     rng: dict[str, Tensor]
     autocast: tuple[str, torch.dtype] | None
+    buffers: list[Tensor]
 
 
 class Stash:
@@ -61,13 +63,19 @@ class Stash:
     @contextmanager
     def record(self, call: Call | None = None) -> Iterator[Call]:
         """Records the calls made inside, so that their backward may come after updates."""
-        call = call or Call(self._version, get_rng(), _ambient_autocast(self._weights))
+        if call is None:
+            buffers = [buffer.clone() for buffer in self._module.buffers()]
+            call = Call(self._version, get_rng(), _ambient_autocast(self._weights), buffers)
         by_storage = {weight.untyped_storage().data_ptr(): index for index, weight in enumerate(self._weights)}
 
+        moving = {buffer.untyped_storage().data_ptr() for buffer in self._module.buffers()}
+
         def pack(tensor: Tensor) -> Any:
-            weight = by_storage.get(tensor.untyped_storage().data_ptr())
+            pointer = tensor.untyped_storage().data_ptr()
+            weight = by_storage.get(pointer)
             if weight is None:
-                return hold(tensor)
+                # A later call may change a buffer in place; it is small enough to be copied.
+                return tensor.clone() if pointer in moving else hold(tensor)
             return _Saved(weight, call.version, tensor.size(), tensor.stride(), tensor.storage_offset())
 
         def unpack(saved: Any) -> Tensor:
@@ -118,6 +126,8 @@ class Stash:
         device_type, dtype = call.autocast or (_device_type(self._weights), None)
         try:
             self._write(self._kept.get(call.version, now))
+            for (buffer, _), value in zip(buffers, call.buffers, strict=True):
+                buffer.copy_(value)
             set_rng(call.rng)
             with self.record(call), torch.autocast(device_type, dtype, enabled=dtype is not None, cache_enabled=False):
                 return run()
@@ -136,13 +146,13 @@ class Stash:
 def call_state(call: Call) -> dict[str, Any]:
     """Returns a recorded call as plain data."""
     autocast = call.autocast and [call.autocast[0], str(call.autocast[1]).removeprefix("torch.")]
-    return {"version": call.version, "rng": call.rng, "autocast": autocast}
+    return {"version": call.version, "rng": call.rng, "autocast": autocast, "buffers": call.buffers}
 
 
 def call_from(state: dict[str, Any]) -> Call:
     """Makes a recorded call from plain data."""
     autocast = state["autocast"] and (state["autocast"][0], getattr(torch, state["autocast"][1]))
-    return Call(state["version"], state["rng"], autocast)
+    return Call(state["version"], state["rng"], autocast, state["buffers"])
 
 
 def _copy_with_layout(weight: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Assembly:
         """
         block_learnt = any(cell.learnt[0] for cell in self.cells)
         auxiliary_learnt = any(cell.learnt[1] for cell in self.cells)
-        for cell in self.cells:
+        for cell in self.cells if block_learnt or auxiliary_learnt else ():
             cell.before_update()
         if block_learnt:
             self.optimizer.step()

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lockfree.objective import describe
 from lockfree.rule import Card, Context, Needs, Place, Rule, Site
 from lockfree.values import Credit
 
@@ -314,7 +315,12 @@ def _synthesisers(context: Context) -> list[Synthesiser]:
 def _one_hot(context: Context, classes: int) -> Tensor:
     """Returns the batch's labels as one-hot rows, made once for all cells."""
     if "one_hot" not in context.shared:
-        label = context.target.long()[:, None]
+        label = context.target
+        if not isinstance(label, Tensor) or label.dim() != 1 or label.is_floating_point():
+            raise ValueError(
+                f"a label-conditioned synthesiser needs class numbers of shape (batch,), the targets are {describe(label)}"
+            )
+        label = label.long()[:, None]
         zeros = context.outputs[0].new_zeros(len(label), classes)
         # A negative label is one that the loss ignores; it has no class.
         context.shared["one_hot"] = zeros.scatter_(1, label.clamp_min(0), (label >= 0).to(zeros.dtype))
