@@ -1,6 +1,6 @@
 """How long `import lockfree` takes over `import torch`: fresh processes in turn, ratio of medians.
 
-    python benchmarks/import_time.py [--out benchmarks/results/import_time.json]
+python benchmarks/import_time.py [--out benchmarks/results/import_time.json]
 """
 
 import argparse

@@ -124,7 +124,7 @@ class TestLoad:
     def test_unknown_names(self):
         with pytest.raises(ValueError, match=r"did you mean 'fashion-mnist'.*digits, mnist, fashion-mnist, cifar10"):
             data.load("fashoin-mnist")
-        with pytest.raises(ValueError, match="unknown data set 'xyz': choose one of"):
+        with pytest.raises(ValueError, match="unknown data set 'xyz': choose from"):
             data.load("xyz")
 
     def test_fashion_mnist_falls_back_with_a_warning(self, tmp_path, caplog):

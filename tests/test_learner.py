@@ -544,7 +544,7 @@ def test_a_state_of_another_kind_is_refused_and_nothing_changes(rule):
     wide = nn.Sequential(
         nn.Linear(4, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3)
     )
-    others[r"of another model: '0\.bias' has shape \(9,\) there and \(8,\) here"] = learner_of(rule, wide).state_dict()
+    others[r"of another model: '0\.bias' is float32 \(9,\) there and float32 \(8,\) here"] = learner_of(rule, wide).state_dict()
     for message, state in others.items():
         with pytest.raises(ValueError, match=message) as error:
             learner.load_state_dict(state)

@@ -122,7 +122,7 @@ def test_mlp_takes_any_hidden_layers():
         (lambda: models.build("resnet2", input_shape=(1, 8, 8), classes=2), "did you mean 'resnet20'"),
         (
             lambda: models.build("transformer", input_shape=(1, 8, 8), classes=2),
-            "choose one of mlp, cnn, vgg8b, resnet20",
+            "choose from mlp, cnn, vgg8b, resnet20",
         ),
         (lambda: models.build("vgg8b", input_shape=(1, 8, 8), classes=2), "16x16 or larger, got 8x8"),
         (lambda: models.build("cnn", input_shape=(1, 28, 7), classes=2), "8x8 or larger, got 28x7"),

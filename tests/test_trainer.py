@@ -257,7 +257,7 @@ def test_resuming_needs_a_run(tmp_path):
         ),
         (
             lambda: learner_of("backprop", nn.Sequential(*network()[:4], nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 3))),
-            r"another model: '4\.bias' has shape \(8,\) there and \(9,\) here",
+            r"another model: '4\.bias' is float32 \(8,\) there and float32 \(9,\) here",
         ),
     ],
     ids=["rule", "cut", "links", "depth", "width"],

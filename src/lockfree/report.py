@@ -270,8 +270,8 @@ def _panels(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def _extent(timeline: Sequence[Span]) -> tuple[float, float]:
     """When the first action begins, and how long it is from there to the end of the last."""
-    begin = min((span.start for span in timeline), default=0.0)
-    return begin, max((span.end for span in timeline), default=0.0) - begin
+    begin = float(min((span.start for span in timeline), default=0.0))
+    return begin, float(max((span.end for span in timeline), default=0.0)) - begin
 
 
 def _number(value: Any) -> float | None:

@@ -48,7 +48,15 @@ class FeedbackAlignment(Rule):
 
     def build(self, site: Site) -> nn.Module | None:
         assert isinstance(site.block, Block)
-        return FeedbackWeights(site.block.layers(), rule="feedback alignment")
+        layers = list(site.block.layers())
+        owned = {id(parameter) for _, layer in layers for parameter in layer.parameters(recurse=False)}
+        for parameter in site.block.parameters():
+            if parameter.dim() > 1 and id(parameter) not in owned:
+                raise ValueError(
+                    f"feedback alignment cannot tell how a weight of shape {tuple(parameter.shape)} is used in block "
+                    f"{site.place.index}: a function takes it, not a layer of that block; call a layer such as nn.Linear instead"
+                )
+        return FeedbackWeights(layers, rule="feedback alignment")
 
     def run(self, block: nn.Module, auxiliary: nn.Module | None, inputs: Values) -> Values:
         assert isinstance(auxiliary, FeedbackWeights)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lockfree.memory import hold, unhold
 from lockfree.objective import describe
 from lockfree.rule import Card, Context, Needs, Place, Rule, Site
 from lockfree.values import Credit
@@ -239,11 +240,11 @@ class LinearSynthesiser(Synthesiser):
                 label = label.repeat_interleave(len(rows) // len(label), dim=0)
             # A product with the one-hot rows is faster than gathering rows of the table.
             credit = (label @ table).addmm_(rows, weight.t(), beta=1 / samples, alpha=1 / samples)
-        return Prediction(credit.view(y.shape), (rows, label))
+        return Prediction(credit.view(y.shape), (hold(rows), label))
 
     def regress(self, prediction: Prediction, difference: Tensor) -> None:
         """Leaves the gradients in closed form."""
-        rows, label = prediction.graph
+        rows, label = unhold(prediction.graph[0]), prediction.graph[1]
         difference = difference.flatten(0, -2)
         self.weight.grad = difference.t() @ rows
         self.table.grad = difference.sum(0, keepdim=True) if label is None else label.t() @ difference
