@@ -65,7 +65,7 @@ def main() -> None:
         print(rule, json.dumps(row), flush=True)
     about = {
         "command": "python benchmarks/fashion_mnist.py",
-        "data": dataset.source,
+        "data": "Fashion-MNIST, the full set",
         "seeds": SEEDS,
         "epochs": EPOCHS,
         "torch": torch.__version__,
