@@ -10,11 +10,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import tyro
+
+from lockfree import data
+from lockfree.bench import BENCHMARKS
 from lockfree.choose import choose, unknown
 from lockfree.console import download, human_bytes, print_table, progress, short
+from lockfree.experiment import Experiment, RuleSettings, Settings, entry, load_once, parse_fields, write_report
+from lockfree.rule import Place, locks
+from lockfree.rules import RULES, get
 from lockfree.run import Run
+from lockfree.sinks import TensorBoard
 
 
 @runtime_checkable
@@ -70,8 +78,6 @@ def _usage(commands: dict[str, type[Command]]) -> str:
 
 def _parse(name: str, command: type[Command], arguments: Sequence[str]) -> Command:
     """Parses a command's arguments; tyro's framed complaint becomes one line."""
-    import tyro
-
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -91,8 +97,6 @@ def _first_words(framed: str) -> str:
 
 def _defaults(command: type[Command], arguments: Sequence[str]) -> Any:
     """With --resume, what is left out means what the run was started with, not the command's defaults."""
-    import tyro
-
     folder = _out(arguments)
     if command is Train and "--resume" in arguments and folder is not None:
         return Train.of(Run.open(folder).config, folder)
@@ -113,22 +117,10 @@ def _out(arguments: Sequence[str]) -> Path | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(RuleSettings):
     """Train one network by one rule.
 
-    Args:
-        rule: How blocks get their credit; `lockfree rules` lists them.
-        data: Data set; `lockfree data list` lists them.
-        model: mlp, cnn, vgg8b or resnet20.
-        epochs: Passes over the training set.
-        batch_size: Samples in a batch.
-        optimizer: adam or sgd (with momentum 0.9).
-        learning_rate: Of the blocks' optimizer.
-        schedule: lockstep or pipelined.
-        delay: Delay of every link between blocks, in ticks.
-        blocks: Number of blocks; one for each child of the network if left out.
-        seed: Decides initial weights and the order of the data.
-        device: cpu, cuda, cuda:1, ...
+    Attributes:
         set: Hyperparameters of the rule, as rule.FIELD=VALUE.
         out: Run folder to make.
         resume: Go on with the run in --out.
@@ -136,19 +128,7 @@ class Train:
         json: End with one JSON object on standard output.
     """
 
-    rule: str = "backprop"
-    data: str = "fashion-mnist"
-    model: str = "mlp"
-    epochs: int = 5
-    batch_size: int = 256
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    schedule: str = "lockstep"
-    delay: int = 0
-    blocks: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-    set: tuple[str, ...] = ()
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
     out: Path | None = None
     resume: bool = False
     tensorboard: bool = False
@@ -157,19 +137,20 @@ class Train:
     @classmethod
     def of(cls, config: dict[str, Any], out: Path) -> "Train":
         """Returns the command that a run folder was made by."""
-        from lockfree.experiment import Experiment
-
         known = Experiment.from_config(config).config()
         fields = known.pop("fields")
-        return cls(**known, set=tuple(f"rule.{name}={_written(value)}" for name, value in fields.items()), out=out, resume=True)
+        return cls(
+            **known,
+            set=(tuple(f"rule.{name}={_written(value)}" for name, value in fields.items()),) if fields else (),
+            out=out,
+            resume=True,
+        )
 
     def run(self, argv: Sequence[str]) -> None:
         """Trains, writes the run folder, prints the result."""
-        from lockfree.experiment import Experiment, entry, parse_fields, write_report
-
         _known_rule(self.rule)
         settings = {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
-        experiment = Experiment(**settings, fields=parse_fields(self.rule, self.set))
+        experiment = Experiment(**settings, fields=parse_fields(self.rule, list(itertools.chain(*self.set))))
         if self.resume:
             self._check_same(experiment)
         with progress(experiment.epochs, quiet=self.json) as show:
@@ -194,8 +175,6 @@ class Train:
             return []
         if self.out is None:
             raise ValueError("--tensorboard writes into the run folder: give --out")
-        from lockfree.sinks import TensorBoard
-
         return [TensorBoard(self.out / "tensorboard")]
 
 
@@ -203,41 +182,23 @@ _NOT_SETTINGS = ("set", "out", "resume", "tensorboard", "json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare:
+class Compare(Settings):
     """Train the same network by several rules, and write a table and a report.
 
-    Args:
+    Attributes:
         rules: Names of rules, with commas.
-        data: Data set; `lockfree data list` lists them.
-        model: mlp, cnn, vgg8b or resnet20.
-        epochs: Passes over the training set.
-        batch_size: Samples in a batch.
-        optimizer: adam or sgd (with momentum 0.9).
-        learning_rate: Of the blocks' optimizer, the same for every rule.
-        seed: Decides initial weights and the order of the data.
-        device: cpu, cuda, cuda:1, ...
         out: Folder to make; each rule's run is a folder in it.
         resume: Go on with the comparison in --out.
         json: End with one JSON object on standard output.
     """
 
     rules: str = "backprop,dni,cdni,dfa"
-    data: str = "fashion-mnist"
-    model: str = "mlp"
-    epochs: int = 5
-    batch_size: int = 256
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    seed: int = 0
-    device: str = "cpu"
     out: Path = Path("runs/compare")
     resume: bool = False
     json: bool = False
 
     def run(self, argv: Sequence[str]) -> None:
         """Trains by each rule in turn, writes the report, prints the table."""
-        from lockfree.experiment import Experiment, entry, load_once, write_report
-
         names = [name.strip() for name in self.rules.split(",") if name.strip()]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"--rules {self.rules!r}: give each rule once, with commas, such as backprop,dni")
@@ -286,9 +247,6 @@ class Rules:
 
     def run(self, argv: Sequence[str]) -> None:
         """Prints the list."""
-        from lockfree.rule import Place, locks
-        from lockfree.rules import RULES, get
-
         rows: list[dict[str, Any]] = []
         for name in RULES:
             rule = get(name)
@@ -314,12 +272,10 @@ class Cite:
         rule: Command-line name of the rule.
     """
 
-    rule: "Annotated[str, _positional()]"
+    rule: tyro.conf.Positional[str]
 
     def run(self, argv: Sequence[str]) -> None:
         """Prints the reference."""
-        from lockfree.rules import get
-
         card = get(self.rule).card
         print(f"{card.reference}\n\n{card.bibtex}")
 
@@ -335,15 +291,13 @@ class Data:
         json: Print one JSON object.
     """
 
-    action: "Annotated[Literal['list', 'fetch'], _positional()]"
-    name: "Annotated[str | None, _positional()]" = None
+    action: tyro.conf.Positional[Literal["list", "fetch"]]
+    name: tyro.conf.Positional[str | None] = None
     root: Path | None = None
     json: bool = False
 
     def run(self, argv: Sequence[str]) -> None:
         """Prints the list, or fetches."""
-        from lockfree import data
-
         if self.action == "fetch":
             if self.name is None:
                 raise ValueError(f"which set? lockfree data fetch NAME, NAME one of {', '.join(data.names())}")
@@ -372,13 +326,11 @@ class Bench:
         json: Print one JSON object.
     """
 
-    name: "Annotated[str, _positional()]"
+    name: tyro.conf.Positional[str]
     json: bool = False
 
     def run(self, argv: Sequence[str]) -> None:
         """Measures and prints."""
-        from lockfree.bench import BENCHMARKS
-
         found = choose(BENCHMARKS, self.name, "benchmark")()
         if self.json:
             print(json.dumps(found))
@@ -389,15 +341,7 @@ class Bench:
 # ---- what commands share -----------------------------------------------------------------------------------------------------
 
 
-def _positional() -> Any:
-    import tyro
-
-    return tyro.conf.Positional
-
-
 def _known_rule(name: str) -> None:
-    from lockfree.rules import RULES
-
     if name not in RULES:
         raise unknown("rule", name, RULES)
 

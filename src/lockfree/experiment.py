@@ -31,37 +31,58 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Settings of one training run; equal settings give equal numbers.
+class Settings:
+    """What any training run on a named data set is told, whatever the rule.
 
     Attributes:
-        rule: Command-line name of the rule.
-        data: Name of the data set.
-        model: Name of the network.
+        data: Data set; `lockfree data list` lists them.
+        model: Network: mlp, cnn, vgg8b or resnet20.
         epochs: Passes over the training set, 0 or more.
         batch_size: Samples in a batch, 1 or more.
-        optimizer: "adam" or "sgd" (with momentum 0.9).
-        learning_rate: Above 0.
-        schedule: "lockstep" or "pipelined".
-        delay: Delay of every link, in ticks.
-        blocks: Number of blocks, or ``None`` for one for each child of the network.
-        seed: Decides initial weights, order of the data and dropout.
-        device: Where to train.
-        fields: Hyperparameters of the rule that differ from its defaults.
+        optimizer: adam, or sgd (with momentum 0.9).
+        learning_rate: Of the blocks' optimizer, above 0.
+        seed: Decides initial weights, the order of the data and dropout.
+        device: Where to train: cpu, cuda, cuda:1, ...
     """
 
-    rule: str = "backprop"
     data: str = "fashion-mnist"
     model: str = "mlp"
     epochs: int = 5
     batch_size: int = 256
     optimizer: str = "adam"
     learning_rate: float = 1e-3
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleSettings(Settings):
+    """What a training run by one rule is told besides.
+
+    Attributes:
+        rule: How blocks get their credit; `lockfree rules` lists them.
+        schedule: lockstep or pipelined.
+        delay: Delay of every link between blocks, in ticks.
+        blocks: Number of blocks; one for each child of the network if left out.
+    """
+
+    rule: str = "backprop"
     schedule: str = "lockstep"
     delay: int = 0
     blocks: int | None = None
-    seed: int = 0
-    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(RuleSettings):
+    """One training run; equal settings give equal numbers.
+
+    Attributes:
+        fields: Hyperparameters of the rule that differ from its defaults.
+
+    Raises:
+        ValueError: If a name is misspelt or a number out of range.
+    """
+
     fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
