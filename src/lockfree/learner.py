@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lockfree import rules
 from lockfree.cell import Cell
@@ -233,11 +234,14 @@ class Learner:
         if self.auxiliary_optimizer is not None:
             self.auxiliary_optimizer.load_state_dict(state["auxiliary_optimizer"])
         self.steps, self._first = state["steps"], state["first"]
-        for part, saved in zip(self._assembly.cells, state["cells"], strict=True):
+        # A checkpoint gives tensors on the CPU; what is in flight has to be where the model is.
+        device = next(self.model.parameters()).device
+        flying = {name: _to(state[name], device) for name in ("cells", "links", "flights")}
+        for part, saved in zip(self._assembly.cells, flying["cells"], strict=True):
             part.load_state_dict(saved)
-        for part, saved in zip(self._assembly.links, state["links"], strict=True):
+        for part, saved in zip(self._assembly.links, flying["links"], strict=True):
             part.load_state_dict(saved)
-        for batch, flight in state["flights"].items():
+        for batch, flight in flying["flights"].items():
             self._assembly.flights[int(batch)] = Flight(**flight)
         set_rng(state["rng"])
 
@@ -245,11 +249,11 @@ class Learner:
         missing = {"of", "model", "optimizer", "cells", "links", "flights", "rng"} - set(state)
         if missing:
             raise ValueError(f"this is not a learner's state: it lacks {', '.join(sorted(missing))}")
+        _same_tensors("model", state["model"], self.model.state_dict())
         for what, mine in self._same.items():
             theirs = state["of"].get(what)
             if theirs != mine:
                 raise ValueError(f"the state is of another {what}: it was saved with {theirs}, this learner has {mine}")
-        _same_tensors("model", state["model"], self.model.state_dict())
         for saved, cell in zip(state["cells"], self.cells, strict=True):
             if cell.auxiliary is not None:
                 what = f"auxiliary network of cell {cell.place.index}"
@@ -267,9 +271,14 @@ def _signature(values: Any) -> tuple:
     return tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors(values)) or (type(values),)
 
 
+def _to(state: Any, device: torch.device) -> Any:
+    """Moves the tensors of a tree to a device."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), state)
+
+
 def _snapshot(state: Any) -> Any:
     """Copies a tree of plain data and tensors."""
-    return torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), state)
 
 
 def convert(
