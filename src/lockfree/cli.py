@@ -19,7 +19,7 @@ from lockfree.bench import BENCHMARKS
 from lockfree.choose import choose, unknown
 from lockfree.console import download, human_bytes, print_table, progress, short
 from lockfree.experiment import Experiment, RuleSettings, Settings, entry, load_once, parse_fields, write_report
-from lockfree.rule import Place, locks
+from lockfree.rule import LOCKS, Place, locks
 from lockfree.rules import RULES, get
 from lockfree.run import Run
 from lockfree.sinks import TensorBoard
@@ -253,7 +253,13 @@ class Rules:
             needs = rule.needs(Place(0, 3))
             held = locks([rule.needs(Place(index, 3)) for index in range(3)])
             rows.append(
-                {"rule": name, "title": rule.title, "needs": needs.name, "locks": sorted(held), "what": rule.card.summary}
+                {
+                    "rule": name,
+                    "title": rule.title,
+                    "needs": needs.name,
+                    "locks": sorted(held, key=LOCKS.index),
+                    "what": rule.card.summary,
+                }
             )
         if self.json:
             print(json.dumps({"rules": rows}))

@@ -18,7 +18,7 @@ from lockfree.data import Dataset, TensorLoader, data_root, load
 from lockfree.learner import Learner, convert
 from lockfree.link import Link
 from lockfree.report import Entry, write
-from lockfree.rule import Rule
+from lockfree.rule import LOCKS, Rule
 from lockfree.run import Run
 from lockfree.timeline import play
 from lockfree.trainer import Sink, Trainer, evaluate
@@ -151,7 +151,7 @@ class Experiment(RuleSettings):
             "seconds": summary.seconds,
             "samples_per_second": summary.samples_per_second,
             "peak_activation_bytes": summary.peak_activation_bytes,
-            "locks": sorted(learner.locks),
+            "locks": sorted(learner.locks, key=LOCKS.index),
             "data_source": dataset.source,
             "parameters": sum(p.numel() for p in learner.model.parameters()),
         }

@@ -200,6 +200,10 @@ class Rule(ABC):
         return model(inputs)
 
 
+LOCKS = ("forward", "update", "backward")
+"""The locks in the order in which a batch meets them."""
+
+
 def locks(needs: list[Needs]) -> frozenset[str]:
     """Derives the locks that training keeps from what its blocks need.
 
@@ -220,5 +224,5 @@ def locks(needs: list[Needs]) -> frozenset[str]:
         Jaderberg et al. 2016, arXiv 1608.05343, section 1 names the three locks.
     """
     worst = max(needs[:-1], default=Needs.NOTHING)
-    held = {"forward": True, "update": worst >= Needs.ERROR, "backward": worst >= Needs.ABOVE}
-    return frozenset(name for name, on in held.items() if on)
+    held = (True, worst >= Needs.ERROR, worst >= Needs.ABOVE)
+    return frozenset(name for name, on in zip(LOCKS, held, strict=True) if on)
