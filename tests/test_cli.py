@@ -83,7 +83,7 @@ def test_train_json_ends_with_one_object_with_the_fixed_keys(call, rule):
     assert result["samples_per_second"] == pytest.approx(1437 / result["seconds"])
     assert type(result["peak_activation_bytes"]) is int
     assert result["peak_activation_bytes"] > 0
-    assert result["locks"] == sorted(result["locks"])
+    assert result["locks"] == [lock for lock in ("forward", "update", "backward") if lock in result["locks"]]
     assert re.fullmatch(r"training: epoch 1/1, loss \d+\.\d{3}, accuracy \d+\.\d\d %", err.strip())
 
 
