@@ -676,3 +676,36 @@ def test_an_optimizer_instead_of_a_function_is_a_type_error():
     model = network()
     with pytest.raises(TypeError, match="optimizer"):
         learner_of("backprop", model, optimizer=sgd(list(model.parameters())))
+
+
+def test_a_model_that_gives_more_in_training_is_served():
+    """As networks with an auxiliary head do; the loss counts on both outputs."""
+
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.early, self.late = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return (self.late(h), self.early(h)) if self.training else self.late(h)
+
+    def loss(outputs, y):
+        late, early = outputs
+        return F.cross_entropy(late, y) + 0.3 * F.cross_entropy(early, y)
+
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+    torch.manual_seed(0)
+    model, plain = TwoHeads(), TwoHeads()
+    plain.load_state_dict(model.state_dict())
+    learner = lf.convert(model, "backprop", loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), blocks=["late"])
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        expected = loss(plain(x), y)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        assert learner.step(x, y).loss == expected.item()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert learner.predict(x).shape == (8, 3)

@@ -136,7 +136,9 @@ class Learner:
             self._seen.add(kind)
 
     def _try_on_the_loss(self, x: Values, y: Any) -> None:
-        self._assembly.objective.check(self._evaluate(x, lambda model, inputs: model(inputs)), y)
+        with undisturbed(self.model), torch.no_grad():
+            outputs = self.model(x)  # in its present modes: some models give more in training, and the loss counts on it
+        self._assembly.objective.check(outputs, y)
 
     def _refuse_single_sample(self, x: Values) -> None:
         for name, module in self.model.named_modules():
@@ -155,12 +157,9 @@ class Learner:
 
     def predict(self, x: Values) -> Values:
         """Returns the model's output (class scores) in evaluation mode; nothing is changed."""
-        return self._evaluate(x, self.rule.predict)
-
-    def _evaluate(self, x: Values, run: Callable[[nn.Module, Values], Values]) -> Values:
         with undisturbed(self.model), torch.no_grad():
             self.model.eval()
-            return run(self.model, x)
+            return self.rule.predict(self.model, x)
 
     def loss(self, outputs: Values, y: Any) -> Tensor:
         """Returns the user's loss of a model output.

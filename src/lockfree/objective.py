@@ -40,6 +40,9 @@ class Objective:
         Raises:
             ValueError: If the targets do not fit the output.
         """
+        if not tensors(outputs):
+            kind = type(outputs).__name__
+            raise ValueError(f"the model gives a {kind}, whose tensors cannot be found: return them in a tuple, list or dict")
         leaves = as_leaves(detach(outputs), outputs)
         loss = self.evaluate(leaves, target)
         carrying = carriers(leaves)
