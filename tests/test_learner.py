@@ -709,3 +709,23 @@ def test_a_model_that_gives_more_in_training_is_served():
         assert learner.step(x, y).loss == expected.item()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert learner.predict(x).shape == (8, 3)
+
+
+@pytest.mark.parametrize("rule", list(lf.rules.RULES))
+def test_images_in_channels_last_order_are_the_same_to_every_rule(rule):
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 3, 6, 6, generator=generator), torch.randint(4, (8,), generator=generator)
+    losses = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        blocks = [
+            nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(5, 5, 3, padding=1), nn.ReLU()),
+        ]
+        model = nn.Sequential(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(180, 4))).to(memory_format=order)
+        batch = x.to(memory_format=order)
+        learner = lf.convert(
+            model, rule, loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), example_input=batch
+        )
+        losses.append([learner.step(batch, y).loss for _ in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -93,7 +93,9 @@ class FeedbackWeights(nn.Module):
                     f"{rule} does not know how a {type(layer).__name__} ('{name}') sends credit down: register it with "
                     "lockfree.feedback.register_feedback, or build it from layers that are known"
                 )
-            feedback = torch.empty_like(layer.get_parameter("weight"), requires_grad=False)
+            weight = layer.get_parameter("weight")
+            # In the usual memory order, so that what is drawn does not depend on the weight's.
+            feedback = torch.empty_like(weight, requires_grad=False, memory_format=torch.contiguous_format)
             nn.init.kaiming_uniform_(feedback, a=5**0.5)  # as PyTorch initialises these layers' weights
             self.register_buffer(f"layer_{len(self._layers)}", feedback)
             self._layers.append(layer)

@@ -152,7 +152,7 @@ class SyntheticGradients(Rule):
                 # dL/d(prediction) = (prediction - m truth) / m, which is the credit minus the truth: the loss needs no graph.
                 difference = prediction.credit.sub_(truth)
                 synthesiser.regress(prediction, difference)
-                flat = difference.view(-1)
+                flat = difference.flatten()  # a view, unless the memory is in another order (channels last)
                 square = torch.dot(flat, flat)
                 loss = square if loss is None else loss + square
         return None if loss is None else loss * (context.samples / 2)
