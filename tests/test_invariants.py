@@ -152,9 +152,9 @@ def test_messages_that_nobody_needs_never_arrive(case, schedule):
     for cell in poisoned.cells:
         original = cell.learn
 
-        def learn(batch, above, error, *, cell=cell, original=original):
+        def learn(batch, above, error, kind, *, cell=cell, original=original):
             above = above if cell.needs >= lf.Needs.ABOVE else garbage
-            return original(batch, above, error if cell.needs >= lf.Needs.ERROR else garbage)
+            return original(batch, above, error if cell.needs >= lf.Needs.ERROR else garbage, kind)
 
         cell.learn = learn
     for learner in (honest, poisoned):

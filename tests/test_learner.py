@@ -474,7 +474,7 @@ def test_a_rule_without_them_does_not(rule):
     ("fields", "message"),
     [
         ({"hidden_layers": -1}, "hidden_layers=-1 must be 0 or more"),
-        ({"hidden_units": 0}, "hidden_units=0 1 or more"),
+        ({"hidden_units": 0}, "hidden_units=0 must be 1 or more"),
         ({"kernel_size": 4}, "kernel_size=4 must be odd"),
         ({"learning_rate": 0.0}, r"learning_rate=0\.0 must be above 0"),
     ],

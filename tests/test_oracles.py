@@ -17,8 +17,10 @@ from torch.nn import functional as F
 import lockfree as lf
 from lockfree import feedback
 from lockfree.feedback import FeedbackWeights, register_feedback, routed
+from lockfree.rules import SyntheticGradients
 from lockfree.rules.direct_feedback_alignment import DirectFeedbackAlignment
-from lockfree.rules.synthetic_gradients import LinearSynthesiser, Synthesiser, SyntheticGradients
+from lockfree.synthesisers import Design, GradientSynthesiser
+from lockfree.synthesisers.networks import LinearSynthesiser
 
 MLP = MODELS["mlp"]
 F64 = torch.float64
@@ -52,7 +54,7 @@ def two_learners(make, rules, x, optimizer, **more):
 # ---- synthetic gradients -----------------------------------------------------------------------------------------------------
 
 
-class KnowsTheTruth(Synthesiser):
+class KnowsTheTruth(GradientSynthesiser):
     """Looks the gradient up: plain autograd through a copy of what is above, at its weights of this moment."""
 
     def __init__(self, classes, index):
@@ -206,9 +208,9 @@ def test_the_target_of_a_sample_does_not_depend_on_the_batch_size(conditioned):
         for cell in learner.cells[:-1]:
             original = cell.learn_auxiliary
 
-            def spy(batch, above, error, *, cell=cell, original=original, found=found, samples=samples):
+            def spy(batch, above, error, losses, *, cell=cell, original=original, found=found, samples=samples):
                 found[cell.place.index] = samples * above[0]
-                return original(batch, above, error)
+                return original(batch, above, error, losses)
 
             cell.learn_auxiliary = spy
         learner.step(x[:samples], y[:samples])
@@ -229,7 +231,7 @@ def test_a_linear_synthesiser_is_a_matrix_over_features_and_label(samples, units
     generator = torch.Generator().manual_seed(seed)
     shape = (samples, steps, units) if steps else (samples, units)
     y, label = draw(generator, *shape), torch.randint(classes, (samples,), generator=generator)
-    synthesiser = LinearSynthesiser(y, classes)
+    synthesiser = LinearSynthesiser(y, Design(classes=classes))
     W, b = draw(generator, units, units + classes).numpy(), draw(generator, units).numpy()
     with torch.no_grad():  # W [y; onehot(c)] + b: the bias is a part of every row of the table
         synthesiser.weight.copy_(torch.tensor(W[:, :units]))
@@ -253,7 +255,7 @@ def test_a_linear_synthesiser_is_a_matrix_over_features_and_label(samples, units
 def test_an_unconditioned_linear_synthesiser_learns_as_autograd_would(shape):
     generator = torch.Generator().manual_seed(2)
     y, difference = draw(generator, *shape), draw(generator, *shape)
-    synthesiser = LinearSynthesiser(y, 0)
+    synthesiser = LinearSynthesiser(y, Design())
     with torch.no_grad():
         for parameter in synthesiser.parameters():
             parameter.copy_(draw(generator, *parameter.shape))

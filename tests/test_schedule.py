@@ -79,7 +79,7 @@ def test_ticks_one_after_the_other_are_the_actions(drawn, batches):
     ticks = [schedule.tick(tick, 0, min(tick, batches - 1)) for tick in range(batches + schedule.depth)]
     assert [action for tick in ticks for action in tick] == schedule.actions(batches)
     assert schedule.tick(batches + schedule.depth, 0, batches - 1) == []
-    assert schedule.actions_per_batch == len(wanted(schedule, 1))
+    assert schedule.actions_of(0) == len(wanted(schedule, 1))
 
 
 @given(arguments(), st.integers(1, 4), st.integers(1, 4))
@@ -131,7 +131,7 @@ def test_lockstep_without_delays_finishes_a_batch_in_its_own_tick(drawn):
     for tick in range(3):
         actions = direct.tick(tick, 0, tick)
         assert {action.batch for action in actions} == {tick}
-        assert len(actions) == direct.actions_per_batch
+        assert len(actions) == direct.actions_of(0)
 
 
 @given(arguments((_pipelined,)), st.integers(1, 6))

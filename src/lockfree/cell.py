@@ -1,7 +1,8 @@
 """One block with everything that it learns with."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,8 +10,31 @@ from torch import Tensor, nn
 
 from lockfree.chain import Block
 from lockfree.rule import Context, Needs, Place, Rule
+from lockfree.schedule import Kind
 from lockfree.stash import Call, Stash, call_from, call_state
-from lockfree.values import Credit, Values, as_leaves, batch_size, carriers, carrying, detach, mark
+from lockfree.values import Credit, Values, as_leaves, batch_size, carriers, carrying, detach, mark, tensors
+
+
+class _Part:
+    """A module of a cell; its calls can be differentiated late and made again if its weights may change in between."""
+
+    def __init__(self, module: nn.Module | None, *, overlaps: bool) -> None:
+        self.module = module
+        self.stash = Stash(module) if overlaps and module is not None else None
+
+    def call(self, run: Callable[[], Any], again: Call | None = None) -> tuple[Any, Call | None]:
+        """Makes a call, or makes a recorded one again; returns its result and its record."""
+        if self.stash is None:
+            return run(), None
+        if again is not None:
+            return self.stash.replay(again, run), again
+        with self.stash.record() as call:
+            return run(), call
+
+    def release(self, call: Call | None) -> None:
+        """Ends a call."""
+        if self.stash is not None and call is not None:
+            self.stash.release(call)
 
 
 @dataclass(slots=True)
@@ -20,27 +44,45 @@ class _Visit:
     context: Context
     target: Any = None  # kept from the rule until block or auxiliary network may see it
     made: tuple[Tensor, ...] = ()  # the outputs that carry credit, with the block's graph; empty once learnt
+    guess: tuple[Tensor, ...] = ()  # the synthetic input, with the graph of what made it; empty once the real one was there
+    source: Values = None  # the network's input that the guess was made from, kept for a resume
+    pending: set[Kind] = field(default_factory=set)  # actions still to come
     block_call: Call | None = None
     auxiliary_call: Call | None = None
-    learnt: bool = False
+    input_call: Call | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wiring:
+    """How a cell is joined to its neighbours, the same in all phases of a rule.
+
+    Attributes:
+        joined: Whether the borders (below, above) are left uncut, because exact credit crosses them within the tick. Above the
+            top cell this is the border to the loss.
+        reports: Whether the cell below wants dL/dx as a message.
+        overlaps: The kinds of action (L, A, I) whose weights may change between a call and its gradient.
+        learns_early: Whether the block's weights change before the batch has reached the loss, which would tell if it is sound.
+    """
+
+    joined: tuple[bool, bool] = (False, False)
+    reports: bool = False
+    overlaps: frozenset[Kind] = frozenset()
+    learns_early: bool = False
 
 
 class Cell:
-    """A block, its auxiliary network, and the batches that it is working on.
+    """A block, its auxiliary networks, and the batches that it is working on.
 
     Args:
         place: Where the cell stands.
         block: The piece of the user's model.
-        rule: How the block gets its credit.
+        rule: How the block gets its credit; `follow` puts another phase of it in force.
         auxiliary: What `Rule.build` made, or ``None``.
-        joined: Whether the borders (below, above) are left uncut, because exact credit crosses them within the tick. Above the top
-            cell this is the border to the loss.
-        reports: Whether the cell below wants dL/dx as a message.
-        overlaps: Whether the weights (of the block, of the auxiliary network) may change between a call and its gradient.
-        learns_early: Whether the block's weights change before the batch has reached the loss, which would tell if it is sound.
+        inputs: What `Rule.build_inputs` made, if the block runs on synthetic inputs, with `carrying` of a real one.
+        wiring: How it is joined to its neighbours.
 
     Attributes:
-        learnt: Whether (the block, the auxiliary network) has gathered gradients in this tick.
+        learnt: Whether (the block, an auxiliary network) has gathered gradients in this tick.
     """
 
     def __init__(
@@ -50,50 +92,84 @@ class Cell:
         block: Block,
         rule: Rule,
         auxiliary: nn.Module | None,
-        joined: tuple[bool, bool],
-        reports: bool,
-        overlaps: tuple[bool, bool],
-        learns_early: bool,
+        inputs: tuple[nn.Module, list[bool]] | None = None,
+        wiring: Wiring,
     ) -> None:
-        self.place, self.block, self.rule, self.auxiliary, self.reports = place, block, rule, auxiliary, reports
-        self.joined_below, self.joined_above = joined
-        self.needs = rule.needs(place)
-        self.auxiliary_needs = rule.auxiliary_needs(place)
-        self.learns_early = learns_early
+        self.place, self.block, self.auxiliary = place, block, auxiliary
+        self.inputs, self._carrying = inputs or (None, [])
+        self.joined_below, self.joined_above = wiring.joined
+        self.reports, self.learns_early = wiring.reports, wiring.learns_early
         self.learnt = [False, False]
-        self._block_stash = Stash(block) if overlaps[0] else None
-        self._auxiliary_stash = Stash(auxiliary) if overlaps[1] and auxiliary else None
+        self._parts = {
+            "block": _Part(block, overlaps=Kind.LEARN in wiring.overlaps),
+            "auxiliary": _Part(auxiliary, overlaps=Kind.AUXILIARY in wiring.overlaps),
+            "inputs": _Part(self.inputs, overlaps=Kind.INPUT in wiring.overlaps),
+        }
         self._visits: dict[int, _Visit] = {}
+        self.follow(rule)
+
+    def follow(self, rule: Rule) -> None:
+        """Puts a phase of the rule in force; nothing is in flight then."""
+        self.rule = rule
+        self.needs = rule.needs(self.place)
+        self.auxiliary_needs = rule.auxiliary_needs(self.place)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the block runs on synthetic inputs."""
+        return self.inputs is not None
 
     def __repr__(self) -> str:
         return f"Cell({self.place.index}, {self.block.name!r}, {self.rule})"
 
-    # ---- the three actions -------------------------------------------------------------------------------------------------
+    # ---- the actions ---------------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: int, inputs: Values, target: Any, shared: dict[str, Any]) -> Values:
-        """F: runs the block on one batch and returns what crosses its upper border, detached unless it is joined."""
+    def forward(self, batch: int, inputs: Values, target: Any, shared: dict[str, Any], kinds: frozenset[Kind]) -> Values:
+        """F: runs the block on one batch and returns what crosses its upper border, detached unless it is joined.
+
+        Args:
+            batch: Number of the batch.
+            inputs: What crosses the lower border; the network's input if the cell runs on synthetic inputs.
+            target: The batch's targets.
+            shared: Scratch space of the batch.
+            kinds: What the cell will do on this batch.
+        """
+        visit = self._open(batch, batch_size(inputs), target, shared, kinds)
+        if self.inputs is not None:
+            inputs = self._imagine(visit, inputs, None)
         if not (self.reports or self.joined_below):
             inputs = detach(inputs)  # nobody asks for dL/dx, so autograd need not compute it
-        context = Context(self.place, self.auxiliary, inputs, (), batch_size(inputs), shared=shared)
+        visit.context.inputs = inputs
+        outputs = self._run_block(visit, None)
+        if not kinds & {Kind.LEARN, Kind.MESSAGE}:
+            visit.made = ()  # at rest: nobody will ask for a gradient
+            visit.context.inputs = None
+            self._parts["block"].release(visit.block_call)
+            visit.block_call = None
+        self._done(batch, Kind.FORWARD)
+        return outputs
+
+    def _open(self, batch: int, samples: int, target: Any, shared: dict[str, Any], kinds: frozenset[Kind]) -> _Visit:
+        context = Context(self.place, self.auxiliary, None, (), samples, shared=shared, batch=batch)
         if self.needs >= Needs.TARGET:
             context.target = target
-        visit = self._visits[batch] = _Visit(context, target=target)
-        return self._run_block(visit, None)
+        visit = self._visits[batch] = _Visit(context, target=target, pending=set(kinds))
+        return visit
 
-    def _run_block(self, visit: _Visit, replayed: Call | None) -> Values:
+    def _imagine(self, visit: _Visit, source: Values, again: Call | None) -> Values:
+        """Predicts the block's input from the network's."""
+        imagine = self.inputs
+        assert imagine is not None
+        with full_precision(_device_type(tensors(source))):
+            guess, visit.input_call = self._parts["inputs"].call(lambda: imagine(source), again)
+        visit.guess, visit.source = tensors(guess), source
+        return mark(detach(guess), self._carrying)
+
+    def _run_block(self, visit: _Visit, again: Call | None) -> Values:
         context = visit.context
-
-        def run() -> Values:
-            return self.rule.run(self.block, self.auxiliary, context.inputs)
-
-        if self._block_stash is None:
-            made = run()
-        elif replayed is not None:
-            made = self._block_stash.replay(replayed, run)
-            visit.block_call = replayed
-        else:
-            with self._block_stash.record() as visit.block_call:
-                made = run()
+        made, visit.block_call = self._parts["block"].call(
+            lambda: self.rule.run(self.block, self.auxiliary, context.inputs), again
+        )
         visit.made = carriers(made)
         context.outputs = tuple(tensor.detach() for tensor in visit.made)
         if self.joined_above:
@@ -101,86 +177,127 @@ class Cell:
         # Whoever is above reads values that are cut off this graph, marked where they carry credit.
         return as_leaves(detach(made), made)
 
-    def learn(self, batch: int, above: Credit | None, error: Credit | None) -> Credit | None:
-        """L: takes the credit of one batch, gathers the block's gradients, and returns dL/dx (``None``: not yet)."""
+    def learn(self, batch: int, above: Credit | None, error: Credit | None, kind: Kind = Kind.LEARN) -> Credit | None:
+        """L or M: takes the credit of one batch, and returns dL/dx (``None``: not yet). In L the block gathers its gradients."""
         visit = self._visits[batch]
-        visit.context.above, visit.context.error = above, error
+        context = visit.context
+        context.above, context.error = above, error
         if self.joined_above:  # whoever is above has differentiated through this block
-            self.learnt[0] = True
+            credit = above
+            learnt = True
         else:
             with full_precision(_device_type(visit.made)):
-                credit = self._credit(visit, None)
+                credit, visit.auxiliary_call = self._credit(visit, None)
                 if credit is not None:
-                    _backward(visit.made, credit)
-            self.learnt[0] = credit is not None
-        message = tuple(x.grad for x in carriers(visit.context.inputs)) if self.reports else None
-        visit.made, visit.learnt = (), True
-        if self.auxiliary_needs is None:
-            self._close(batch)
-        else:
-            visit.context.inputs = None
+                    _backward(visit.made, credit, None if kind is Kind.LEARN else carriers(context.inputs))
+            learnt = credit is not None
+        self.learnt[0] = learnt and kind is Kind.LEARN
+        message = tuple(x.grad for x in carriers(context.inputs)) if self.reports else None
+        visit.made, context.inputs = (), None
+        self._parts["block"].release(visit.block_call)
+        visit.block_call = None
+        self._done(batch, kind)
         return message
 
-    def _credit(self, visit: _Visit, replayed: Call | None) -> Credit | None:
-        def run() -> Credit | None:
-            return self.rule.credit(visit.context)
+    def _credit(self, visit: _Visit, again: Call | None) -> tuple[Credit | None, Call | None]:
+        return self._parts["auxiliary"].call(lambda: self.rule.credit(visit.context), again)
 
-        if self._auxiliary_stash is None:
-            return run()
-        if replayed is not None:
-            visit.auxiliary_call = replayed
-            return self._auxiliary_stash.replay(replayed, run)
-        with self._auxiliary_stash.record() as visit.auxiliary_call:
-            return run()
-
-    def learn_auxiliary(self, batch: int, above: Credit | None, error: Credit | None) -> Tensor | None:
+    def learn_auxiliary(
+        self, batch: int, above: Credit | None, error: Credit | None, sample_losses: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         """A: the truth about one batch has arrived; the auxiliary network learns from it and returns its own loss."""
         visit = self._visits[batch]
         context = visit.context
-        context.target, context.above, context.error = visit.target, above, error
-        loss = None
-        if context.memo is not None:
-            with full_precision(_device_type(context.outputs)):
-                loss = self.rule.learn(context)
-            self.learnt[1] = True
-        self._close(batch)
+        context.target, context.error, context.sample_losses = visit.target, error, sample_losses
+        context.above = above if above is not None else context.above
+        with full_precision(_device_type(context.outputs)):
+            loss = self.rule.learn(context)
+        self.learnt[1] |= loss is not None
+        self._parts["auxiliary"].release(visit.auxiliary_call)
+        visit.auxiliary_call = None
+        self._done(batch, Kind.AUXILIARY)
         return loss
+
+    def learn_inputs(self, batch: int, real: Values) -> Tensor:
+        """I: the real input has arrived; what predicts it descends half its squared error, a sum over units, a mean over samples."""
+        visit = self._visits[batch]
+        loss = self._regress_inputs(visit.guess, real)
+        visit.guess, visit.source = (), None
+        self._parts["inputs"].release(visit.input_call)
+        visit.input_call = None
+        self._done(batch, Kind.INPUT)
+        return loss
+
+    def _regress_inputs(self, guess: tuple[Tensor, ...], real: Values) -> Tensor:
+        with full_precision(_device_type(guess)):
+            pairs = zip(guess, tensors(real), strict=True)
+            loss = sum((g - h.detach().to(g.dtype)).square().sum() / (2 * len(g)) for g, h in pairs)
+            assert isinstance(loss, Tensor)
+            loss.backward()
+        self.learnt[1] = True
+        return loss.detach()
+
+    # ---- without a forward of its own: what a neighbour's step teaches the auxiliary networks here ----------------------------
+
+    def input_of(self, batch: int) -> Values:
+        """Returns what the block ran on, between its forward and its learning."""
+        return self._visits[batch].context.inputs
+
+    def learn_credit_at(
+        self,
+        batch: int,
+        outputs: Values,
+        target: Any,
+        above: Credit | None,
+        error: Credit | None,
+        sample_losses: Callable[[], Tensor] | None,
+    ) -> Tensor | None:
+        """The auxiliary network learns from a batch on which the block itself has not run; ``outputs`` stand for its own."""
+        visit = self._open(batch, batch_size(outputs), target, {}, frozenset({Kind.AUXILIARY}))
+        visit.context.outputs = tuple(tensor.detach() for tensor in carriers(outputs))
+        return self.learn_auxiliary(batch, above, error, sample_losses)
+
+    def learn_inputs_from(self, source: Values, real: Values) -> Tensor:
+        """What predicts the block's input learns from a batch on which the block itself has not run."""
+        assert self.inputs is not None
+        with full_precision(_device_type(tensors(source))):
+            guess = tensors(self.inputs(source))
+        return self._regress_inputs(guess, real)
 
     def before_update(self) -> None:
         """Keeps, before weights change at the end of a tick, those that calls in flight ran with.
 
         Another cell's learning moves the weights that it shares with this one, so it does not matter who has learnt.
         """
-        for stash in (self._block_stash, self._auxiliary_stash):
-            if stash is not None:
-                stash.before_update()
+        for part in self._parts.values():
+            if part.stash is not None:
+                part.stash.before_update()
         self.learnt = [False, False]
 
     # ---- what is in flight -------------------------------------------------------------------------------------------------
 
-    def _close(self, batch: int) -> None:
-        visit = self._visits.pop(batch)
-        if self._block_stash is not None and visit.block_call is not None:
-            self._block_stash.release(visit.block_call)
-        if self._auxiliary_stash is not None and visit.auxiliary_call is not None:
-            self._auxiliary_stash.release(visit.auxiliary_call)
+    def _done(self, batch: int, kind: Kind) -> None:
+        """Ends one action; with the last one, the visit."""
+        visit = self._visits[batch]
+        visit.pending.discard(kind)
+        if not visit.pending:
+            del self._visits[batch]
 
     def clear(self) -> None:
         """Forgets every batch in flight."""
         self._visits.clear()
         self.learnt = [False, False]
-        for stash in (self._block_stash, self._auxiliary_stash):
-            if stash is not None:
-                stash.clear()
+        for part in self._parts.values():
+            if part.stash is not None:
+                part.stash.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the user's model does not hold: the auxiliary network and the batches in flight."""
-        parts = {
-            "auxiliary": self.auxiliary,
-            "block_stash": self._block_stash,
-            "auxiliary_stash": self._auxiliary_stash,
-        }
-        state = {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
+        """Returns what the user's model does not hold: the auxiliary networks and the batches in flight."""
+        networks = {"auxiliary": self.auxiliary, "inputs": self.inputs}
+        state: dict[str, Any] = {name: dict(one.state_dict()) for name, one in networks.items() if one is not None}
+        for name, part in self._parts.items():
+            if part.stash is not None:
+                state[f"{name}_stash"] = part.stash.state_dict()
         return state | {"visits": {batch: _visit_state(visit) for batch, visit in self._visits.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,49 +306,51 @@ class Cell:
         Calls in flight are made again: autograd's graphs cannot be stored.
         """
         self.clear()
-        if self.auxiliary is not None:
-            self.auxiliary.load_state_dict(state["auxiliary"])
-        if self._block_stash is not None:
-            self._block_stash.load_state_dict(state["block_stash"])
-        if self._auxiliary_stash is not None:
-            self._auxiliary_stash.load_state_dict(state["auxiliary_stash"])
+        for name, network in (("auxiliary", self.auxiliary), ("inputs", self.inputs)):
+            if network is not None:
+                network.load_state_dict(state[name])
+        for name, part in self._parts.items():
+            if part.stash is not None:
+                part.stash.load_state_dict(state[f"{name}_stash"])
         for batch, visit in state["visits"].items():
-            self._visits[int(batch)] = self._revisit(visit)
+            self._visits[int(batch)] = self._revisit(int(batch), visit)
 
-    def _revisit(self, state: dict[str, Any]) -> _Visit:
-        context = Context(self.place, self.auxiliary, state["inputs"], tuple(state["outputs"]), state["samples"])
+    def _revisit(self, batch: int, state: dict[str, Any]) -> _Visit:
+        context = Context(self.place, self.auxiliary, state["inputs"], tuple(state["outputs"]), state["samples"], batch=batch)
         context.target = state["target"] if self.needs >= Needs.TARGET else None
-        visit = _Visit(context, target=state["target"], learnt=state["learnt"])
-        if not visit.learnt:
+        context.above, context.error = state["above"], state["error"]
+        visit = _Visit(context, target=state["target"], pending={Kind(kind) for kind in state["pending"]})
+        if Kind.INPUT in visit.pending:
+            self._imagine(visit, state["source"], call_from(state["input_call"]))
+        if visit.pending & {Kind.LEARN, Kind.MESSAGE}:
             mark(context.inputs, state["carrying"])
             self._run_block(visit, call_from(state["block_call"]))
-        else:
-            context.above, context.error = state["above"], state["error"]
-            self._credit(visit, call_from(state["auxiliary_call"]))
+        elif state["auxiliary_call"]:
+            _, visit.auxiliary_call = self._credit(visit, call_from(state["auxiliary_call"]))
         return visit
 
 
-def _backward(made: tuple[Tensor, ...], credit: Credit) -> None:
-    """Takes the gradients of parameters and inputs, where there is credit."""
+def _backward(made: tuple[Tensor, ...], credit: Credit, inputs: tuple[Tensor, ...] | None) -> None:
+    """Takes the gradients of parameters and inputs, or of these inputs alone, where there is credit."""
     pairs = [(y, given) for y, given in zip(made, credit, strict=True) if given is not None]
-    if pairs:
-        torch.autograd.backward([y for y, _ in pairs], [given.to(y.dtype) for y, given in pairs])
+    if pairs and inputs != ():
+        torch.autograd.backward([y for y, _ in pairs], [given.to(y.dtype) for y, given in pairs], inputs=inputs)
 
 
 def _visit_state(visit: _Visit) -> dict[str, Any]:
     context = visit.context
-    inputs = None if visit.learnt else context.inputs
+    calls = {"block": visit.block_call, "auxiliary": visit.auxiliary_call, "input": visit.input_call}
     return {
-        "learnt": visit.learnt,
-        "inputs": detach(inputs),
-        "carrying": carrying(inputs),
-        "outputs": list(context.outputs) if visit.learnt else [],
+        "pending": sorted(str(kind) for kind in visit.pending),
+        "inputs": detach(context.inputs),
+        "carrying": carrying(context.inputs),
+        "outputs": list(context.outputs),
         "samples": context.samples,
+        "source": visit.source,
         "target": visit.target,
         "above": context.above,
         "error": context.error,
-        "block_call": visit.block_call and call_state(visit.block_call),
-        "auxiliary_call": visit.auxiliary_call and call_state(visit.auxiliary_call),
+        **{f"{name}_call": call and call_state(call) for name, call in calls.items()},
     }
 
 

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lockfree import rules
-from lockfree.cell import Cell
+from lockfree.cell import Cell, Wiring
 from lockfree.chain import Chain
 from lockfree.choose import choose
-from lockfree.executors import EXECUTORS, Assembly, Executor, Flight
+from lockfree.executors import EXECUTORS, Assembly, Executor, Flight, Outcome
 from lockfree.link import Link, links_between
 from lockfree.objective import Loss, Objective, describe
 from lockfree.rng import get_rng, set_rng, undisturbed
-from lockfree.rule import Needs, Place, Rule, Site, locks
+from lockfree.rule import LOCKS, Needs, Place, Rule, Site, locks
 from lockfree.schedule import SCHEDULES, Kind, Schedule
-from lockfree.values import Values, batch_size, detach, tensors
+from lockfree.values import Values, batch_size, carrying, detach, tensors
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -32,11 +32,13 @@ class StepResult:
     Attributes:
         batch: Number of the batch that reached the loss, or ``None`` while a pipeline fills.
         auxiliary: Loss of each auxiliary network that learnt, by cell.
+        inputs: Loss of each network that predicts a block's input and learnt, by cell.
     """
 
     batch: int | None
     auxiliary: dict[int, Tensor]
     _loss: Tensor | None = field(repr=False)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -51,15 +53,15 @@ class Learner:
         model: The user's own object, trained in place.
         rule: How its blocks get their credit.
         chain: The model cut into blocks.
-        schedule: When things happen.
         steps: Batches taken in so far.
     """
 
     def __init__(
-        self, chain: Chain, rule: Rule, schedule: Schedule, executor: Executor, assembly: Assembly, same: dict[str, str]
+        self, chain: Chain, rule: Rule, phases: Sequence["Phase"], executor: Executor, assembly: Assembly, same: dict[str, str]
     ) -> None:
-        self.model, self.chain, self.rule, self.schedule = chain.model, chain, rule, schedule
+        self.model, self.chain, self.rule = chain.model, chain, rule
         self.steps = 0
+        self._phases, self._phase = list(phases), phases[0]
         self._executor, self._assembly, self._same = executor, assembly, same
         self._buffers = list(self.model.buffers())
         self._first = 0  # batches before this one have been drained
@@ -85,9 +87,9 @@ class Learner:
             Diverged: If the loss is not finite; the message names the cell and the step.
         """
         self._check_batch(x, y)
+        self._enter(self._phase_of(self.steps))
         tick = self.steps
-        flights = self._assembly.flights
-        flights[tick] = Flight(detach(x), y, self.schedule.actions_per_batch)
+        self._assembly.flights[tick] = Flight(detach(x), y, self.schedule.actions_of(tick))
         with self._all_or_nothing():
             try:
                 outcome = self._executor.run(self._assembly, self.schedule.tick(tick, self._first, tick))
@@ -95,8 +97,43 @@ class Learner:
                 self._try_on_the_loss(x, y)  # gives a clearer reason, if the targets are to blame
                 raise
         self.steps += 1
-        batch, loss = next(iter(outcome.losses.items()), (None, None))
-        return StepResult(batch, {cell: value for (cell, _), value in outcome.auxiliary.items()}, loss)
+        return _result(outcome)
+
+    def step_block(self, block: int, x: Values, y: Any) -> StepResult:
+        """Lets one block alone learn from a batch, in whatever order and on whatever batch; nobody waits for anybody.
+
+        The block runs on its synthetic input and learns from its own credit. On the same batch learns whatever predicts for its
+        sake: the input of the block above from the output that was just made; the credit of the block below from dL/dx, at the
+        synthetic input, which stands for an output that the block below need not have made.
+
+        Args:
+            block: Number of the block, 0 at the bottom.
+            x: The *network's* input.
+            y: The targets.
+
+        Returns:
+            The loss, if it is the top block; and those of the auxiliary networks.
+
+        Raises:
+            ValueError: If the rule keeps a lock, batches are in flight, or the batch does not fit; nothing has been learnt then.
+            Diverged: If the loss is not finite.
+        """
+        self._check_batch(x, y)
+        self._enter(self._phase_of(self.steps))
+        if self.locks:
+            held = ", ".join(sorted(self.locks, key=LOCKS.index))
+            raise ValueError(
+                f"a block cannot be stepped alone under {self.rule.title}, which keeps the locks {held}: take them off, with "
+                "SyntheticGradients(conditioned=True, synthetic_inputs=True), or use step"
+            )
+        if self._assembly.flights:
+            raise ValueError("a block cannot be stepped alone with batches in flight: call drain first")
+        if not 0 <= block < len(self.cells):
+            raise ValueError(f"block {block}: this model has blocks 0 to {len(self.cells) - 1}")
+        with self._all_or_nothing():
+            outcome = self._executor.run_alone(self._assembly, block, self.steps, Flight(detach(x), y, 0))
+        self.steps += 1
+        return _result(outcome)
 
     def drain(self) -> None:
         """Finishes the batches in flight; the next step starts with an empty pipeline."""
@@ -122,6 +159,22 @@ class Learner:
     def _clear(self) -> None:
         self._first = self.steps
         self._assembly.clear()
+
+    def _phase_of(self, batch: int) -> "Phase":
+        return [phase for phase in self._phases if phase.start <= batch][-1]
+
+    def _enter(self, phase: "Phase") -> None:
+        """Puts a phase of the rule in force, once the batches of the one before are finished."""
+        if phase is self._phase:
+            return
+        self.drain()
+        self._force(phase)
+
+    def _force(self, phase: "Phase") -> None:
+        self._phase = phase
+        self._assembly.schedule = phase.schedule
+        for cell in self.cells:
+            cell.follow(phase.rule)
 
     def _check_batch(self, x: Values, y: Any) -> None:
         """Refuses what cannot be learnt from before anything is; targets of a new kind are tried on the loss first."""
@@ -170,9 +223,14 @@ class Learner:
         return self._assembly.objective.evaluate(outputs, y)
 
     @property
+    def schedule(self) -> Schedule:
+        """When things happen, in the present phase of the rule."""
+        return self._phase.schedule
+
+    @property
     def locks(self) -> frozenset[str]:
-        """The locks that training keeps, derived from what the blocks need."""
-        return locks([cell.needs for cell in self._assembly.cells])
+        """The locks that training keeps in the present phase of the rule, derived from what its blocks need and run on."""
+        return locks(self.schedule.needs, self.schedule.synthetic)
 
     @property
     def cells(self) -> list[Cell]:
@@ -202,6 +260,7 @@ class Learner:
                 "target": flight.target,
                 "remaining": flight.remaining,
                 "error": flight.error,
+                "scores": flight.scores,
             }
             for batch, flight in self._assembly.flights.items()
         }
@@ -233,6 +292,7 @@ class Learner:
         if self.auxiliary_optimizer is not None:
             self.auxiliary_optimizer.load_state_dict(state["auxiliary_optimizer"])
         self.steps, self._first = state["steps"], state["first"]
+        self._force(self._phase_of(max(self.steps - 1, 0)))  # batches in flight are of the phase of the last one
         # A checkpoint gives tensors on the CPU; what is in flight has to be where the model is.
         device = next(self.model.parameters()).device
         flying = {name: _to(state[name], device) for name in ("cells", "links", "flights")}
@@ -254,9 +314,30 @@ class Learner:
             if theirs != mine:
                 raise ValueError(f"the state is of another {what}: it was saved with {theirs}, this learner has {mine}")
         for saved, cell in zip(state["cells"], self.cells, strict=True):
-            if cell.auxiliary is not None:
-                what = f"auxiliary network of cell {cell.place.index}"
-                _same_tensors(what, saved["auxiliary"], cell.auxiliary.state_dict())
+            for name, network in (("auxiliary", cell.auxiliary), ("inputs", cell.inputs)):
+                if network is not None:
+                    _same_tensors(f"auxiliary network of cell {cell.place.index}", saved.get(name, {}), network.state_dict())
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A rule in force from one batch on.
+
+    Attributes:
+        start: The first batch.
+        rule: The rule.
+        schedule: What follows from it.
+    """
+
+    start: int
+    rule: Rule
+    schedule: Schedule
+
+
+def _result(outcome: Outcome) -> StepResult:
+    batch, loss = next(iter(outcome.losses.items()), (None, None))
+    auxiliary, inputs = ({cell: value for (cell, _), value in found.items()} for found in (outcome.auxiliary, outcome.inputs))
+    return StepResult(batch, auxiliary, loss, inputs)
 
 
 def _same_tensors(what: str, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
@@ -344,29 +425,33 @@ def convert(
     if not trained:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
     all_links = links_between(len(chain), links)
-    plan = _plan(rule, len(chain), schedule, all_links)
-    cells = _make_cells(chain, rule, plan, example_input)
-    helping = [parameter for cell in cells if cell.auxiliary is not None for parameter in _trained(cell.auxiliary)]
+    phases = [Phase(start, one, _plan(one, len(chain), schedule, all_links)) for start, one in rule.phases()]
+    cells = _make_cells(chain, rule, phases, example_input)
+    networks = [network for cell in cells for network in (cell.auxiliary, cell.inputs) if network is not None]
+    helping = [parameter for network in networks for parameter in _trained(network)]
     make_auxiliary = auxiliary_optimizer or rule.auxiliary_optimizer
     stepping, helper = optimizer(trained), make_auxiliary(helping) if helping else None
+    plan = phases[-1].schedule
     same = {
         "rule": repr(rule),
         "cut": repr(chain),
         "schedule": f"{plan.name}, delays {list(plan.delays)}",
         "optimizer": " and ".join(type(one).__name__ for one in (stepping, helper) if one is not None),
     }
-    assembly = Assembly(cells, all_links, Objective(loss), stepping, helper)
-    return Learner(chain, rule, plan, choose(EXECUTORS, executor, "executor")(), assembly, same)
+    assembly = Assembly(cells, all_links, phases[0].schedule, Objective(loss), stepping, helper)
+    return Learner(chain, rule, phases, choose(EXECUTORS, executor, "executor")(), assembly, same)
 
 
 def _plan(rule: Rule, cells: int, schedule: str, all_links: Sequence[Link]) -> Schedule:
-    """Derives the schedule from what the rule needs at each place."""
+    """Derives the schedule from what the rule needs at each place, and when it learns there."""
     places = [Place(index, cells) for index in range(cells)]
     make = choose(SCHEDULES, schedule, "schedule")
     return make(
         tuple(rule.needs(place) for place in places),
         tuple(rule.auxiliary_needs(place) for place in places),
         tuple(link.delay for link in all_links),
+        synthetic=tuple(rule.synthesises_inputs(place) for place in places),
+        clock=rule.clock(cells),
     )
 
 
@@ -374,26 +459,32 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _make_cells(chain: Chain, rule: Rule, plan: Schedule, example_input: Values | None) -> list[Cell]:
+def _make_cells(chain: Chain, rule: Rule, phases: Sequence[Phase], example_input: Values | None) -> list[Cell]:
     """Builds the auxiliary networks and puts the cells together."""
-    count = len(chain)
+    count, plans = len(chain), [phase.schedule for phase in phases]
     places = [Place(index, count) for index in range(count)]
     # Exact credit needs no cut; the loss joins the top block unless its error is broadcast as well.
-    broadcast = Needs.ERROR in (*plan.needs, *plan.auxiliary)
-    joins = [(not broadcast if place.top else plan.joins(place.index)) and rule.passes_on(place) for place in places]
-    wanted = [Needs.ABOVE in (plan.needs[i], plan.auxiliary[i]) for i in range(count)]  # dL/dx of the block above i
+    broadcast = any(Needs.ERROR in (*plan.needs, *plan.auxiliary) for plan in plans)
+    joins = [
+        all(phase.rule.passes_on(place) and (place.top or phase.schedule.joins(place.index)) for phase in phases)
+        and not (place.top and broadcast)
+        for place in places
+    ]
+    # Whether anybody wants dL/dx of the block above i.
+    wanted = [any(Needs.ABOVE in (plan.needs[i], plan.auxiliary[i]) for plan in plans) for i in range(count)]
     below_wants = [False, *wanted[:-1]]
     rehearsal = None if example_input is None else chain.rehearse(example_input, below_wants)
-    return [
-        Cell(
-            place=place,
-            block=block,
-            rule=rule,
-            auxiliary=rule.build(Site(place=place, block=block, rehearsal=rehearsal)),
+    cells = []
+    for i, (place, block) in enumerate(zip(places, chain.blocks, strict=True)):
+        site = Site(place=place, block=block, rehearsal=rehearsal, example=example_input)
+        overlapping = (Kind.LEARN, Kind.AUXILIARY, Kind.INPUT)
+        wiring = Wiring(
             joined=(i > 0 and joins[i - 1], joins[i]),
             reports=below_wants[i] and not joins[i - 1],
-            overlaps=(plan.overlaps(i, Kind.LEARN), plan.overlaps(i, Kind.AUXILIARY)),
-            learns_early=plan.learns_early(i),
+            overlaps=frozenset(kind for kind in overlapping if any(plan.overlaps(i, kind) for plan in plans)),
+            learns_early=any(plan.learns_early(i) for plan in plans),
         )
-        for i, (place, block) in enumerate(zip(places, chain.blocks, strict=True))
-    ]
+        inputs = (rule.build_inputs(site), carrying(site.inputs)) if rule.synthesises_inputs(place) else None
+        auxiliary = rule.build(site)
+        cells.append(Cell(place=place, block=block, rule=phases[0].rule, auxiliary=auxiliary, inputs=inputs, wiring=wiring))
+    return cells

@@ -51,6 +51,11 @@ class Link:
         """Takes the message of a batch from above, once; ``None`` means that the cell above had no credit itself."""
         return self._down.pop(batch)
 
+    def forget(self, batch: int) -> None:
+        """Forgets what nobody took of a batch: a neighbour that rested, say, had no use for it."""
+        self._up.pop(batch, None)
+        self._down.pop(batch, None)
+
     def clear(self) -> None:
         """Forgets everything on its way."""
         self._up.clear()

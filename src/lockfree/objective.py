@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lockfree.chain import output_tensors
 from lockfree.values import Credit, Values, as_leaves, carriers, detach, tensors
@@ -67,6 +68,27 @@ class Objective:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"the loss must return one scalar tensor, a mean over the batch; it returned {describe(loss)}")
         return loss.reshape(())
+
+    def sample_losses(self, outputs: Values, target: Any) -> Tensor:
+        """Returns the loss of each sample alone, shape (batch,); of one that the loss ignores, 0.
+
+        Raises:
+            ValueError: If the loss cannot be taken sample by sample.
+        """
+
+        def one(output: Values, wanted: Any) -> Tensor:
+            alone = pytree.tree_map_only(Tensor, lambda tensor: tensor[None], (output, wanted))
+            return self.evaluate(*alone)
+
+        try:
+            losses = torch.func.vmap(one, randomness="different")(outputs, target)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"a critic needs the loss of each sample alone, which this loss does not give ({reason}): write it with torch "
+                "operations, as a mean over samples"
+            ) from error
+        return losses.nan_to_num(nan=0.0)
 
     def check(self, outputs: Values, target: Any) -> None:
         """Checks, before anything is learnt, that targets like these fit the model's output.

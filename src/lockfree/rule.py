@@ -5,9 +5,9 @@ A rule is one file. It says what a block must have received before it may learn 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -31,6 +31,33 @@ class Needs(IntEnum):
     TARGET = 1
     ERROR = 2
     ABOVE = 3
+
+
+class Pace(Enum):
+    """What a block does with its credit for one batch.
+
+    Attributes:
+        LEARN: It updates its weights, and reports dL/dx to the block below.
+        REPORT: It reports only.
+        REST: Neither; it has run forward, and that is all.
+    """
+
+    LEARN = "learn"
+    REPORT = "report"
+    REST = "rest"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Which cells work on which batch: pure functions of (cell, batch), so that every executor and every resume agrees.
+
+    Attributes:
+        pace: What the block does with its credit. One that needs ABOVE rests with the one above it, whatever is said here.
+        auxiliary: Whether its auxiliary networks learn.
+    """
+
+    pace: Callable[[int, int], Pace]
+    auxiliary: Callable[[int, int], bool]
 
 
 class Place(NamedTuple):
@@ -58,11 +85,23 @@ class Site:
         place: Where the cell stands.
         block: The piece of the user's model.
         rehearsal: What each block hands up for the example batch, bottom to top; ``None`` if no example was given.
+        example: The example batch itself, the network's input.
     """
 
     place: Place
     block: nn.Module
     rehearsal: Sequence[Values] | None
+    example: Values | None = None
+
+    @property
+    def inputs(self) -> Values:
+        """What the block is given for the example batch.
+
+        Raises:
+            ValueError: If no example batch was given.
+        """
+        outputs = self._rehearsed()
+        return outputs[self.place.index - 1] if self.place.index else self.example
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -108,7 +147,9 @@ class Context:
         error: dL/d(model output), a gradient for each tensor of it; only where the rule needs ERROR or more.
         above: dL/dy as the next block (or, at the top, the loss) reports it; only where the rule needs ABOVE.
         shared: Scratch space of the batch, common to all its cells: what follows from inputs and targets alone is computed once.
-        memo: Whatever `Rule.credit` wants to hand on to `Rule.learn`.
+        memo: Whatever `Rule.credit` wants to hand on to `Rule.learn`; ``None`` if the block took no credit for this batch.
+        batch: Number of the batch; draws that depend on it alone are the same in every executor and after a resume.
+        sample_losses: Returns the loss of each sample, shape (batch,); only where the rule needs ERROR or more.
     """
 
     place: Place
@@ -121,6 +162,8 @@ class Context:
     above: Credit | None = None
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     memo: Any = field(default=None, repr=False)
+    batch: int = 0
+    sample_losses: Callable[[], Tensor] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +222,26 @@ class Rule(ABC):
         """What the auxiliary network must have received before *it* may learn; ``None`` if there is nothing that learns."""
         return None
 
+    def clock(self, cells: int) -> Clock | None:
+        """Says which of so many cells work on which batch; ``None``: all on all."""
+        return None
+
+    def phases(self) -> tuple[tuple[int, "Rule"], ...]:
+        """The rules in force, each with the batch from which on it is; most rules are the same from start to end.
+
+        Batches in flight are finished before the next phase begins. Auxiliary networks are built by the whole rule and serve
+        every phase; `needs` of the whole rule are those of its last phase.
+        """
+        return ((0, self),)
+
+    def synthesises_inputs(self, place: Place) -> bool:
+        """Whether the block is trained on a prediction of its input, made from the network's; this takes off the forward lock."""
+        return False
+
+    def build_inputs(self, site: Site) -> nn.Module:
+        """Makes the network that predicts ``site.inputs`` from ``site.example``; it learns by the engine's regression."""
+        raise NotImplementedError(f"{type(self).__name__} says that it synthesises inputs, but does not build what does")
+
     def build(self, site: Site) -> nn.Module | None:
         """Makes the auxiliary network of one cell: trained things are parameters, fixed random ones are buffers."""
         return None
@@ -204,14 +267,15 @@ LOCKS = ("forward", "update", "backward")
 """The locks in the order in which a batch meets them."""
 
 
-def locks(needs: list[Needs]) -> frozenset[str]:
-    """Derives the locks that training keeps from what its blocks need.
+def locks(needs: Sequence[Needs], synthetic: Sequence[bool] = ()) -> frozenset[str]:
+    """Derives the locks that training keeps from what its blocks need and from what they run on.
 
-    The forward lock stays as long as blocks process real inputs. The block under the loss needs the loss alone, which locks
-    nobody; so the last entry does not count.
+    The forward lock stays as long as any block but the first processes real inputs. The block under the loss needs the loss
+    alone, which locks nobody; so the last entry of ``needs`` does not count.
 
     Args:
         needs: One entry a cell, bottom to top.
+        synthetic: For each cell, whether it runs on a synthetic input; none does if left out.
 
     Returns:
         A subset of ``{"forward", "update", "backward"}``.
@@ -219,10 +283,13 @@ def locks(needs: list[Needs]) -> frozenset[str]:
     Example:
         >>> sorted(locks([Needs.ERROR, Needs.ABOVE]))
         ['forward', 'update']
+        >>> sorted(locks([Needs.TARGET, Needs.ABOVE], [False, True]))
+        []
 
     Reference:
         Jaderberg et al. 2016, arXiv 1608.05343, section 1 names the three locks.
     """
     worst = max(needs[:-1], default=Needs.NOTHING)
-    held = (True, worst >= Needs.ERROR, worst >= Needs.ABOVE)
+    free = len(needs) > 1 and len(synthetic) == len(needs) and all(synthetic[1:])
+    held = (not free, worst >= Needs.ERROR, worst >= Needs.ABOVE)
     return frozenset(name for name, on in zip(LOCKS, held, strict=True) if on)

@@ -5,20 +5,26 @@ An event is an `Action`: cell 2 runs forward on batch 7 (``2F7``), learns on it 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
-from lockfree.rule import Needs
+from lockfree.rule import Clock, Needs, Pace
 
 
 class Kind(StrEnum):
-    """What happens in an action: F forward, L the block learns, A the auxiliary network learns."""
+    """What happens in an action.
+
+    F the block runs forward; L it learns; M it takes its credit and sends its message, but does not learn; A its auxiliary
+    network learns; I the network that predicts its input learns.
+    """
 
     FORWARD = "F"
     LEARN = "L"
+    MESSAGE = "M"
     AUXILIARY = "A"
+    INPUT = "I"
 
 
 class Action(NamedTuple):
@@ -44,12 +50,13 @@ class Schedule:
     With `hop` the ticks that activations take from one cell to the next, and $d_i$ the delay of the link above cell i, cell i
     works on batch t in the ticks
 
-    $$f_i = t + i\,\mathrm{hop}, \qquad
+    $$f_i = \begin{cases} t & \text{synthetic input} \\ f_{i-1} + \mathrm{hop} & \text{else} \end{cases}, \qquad
     l_i = \begin{cases} f_i & \text{needs} \le \text{TARGET} \\ f_{n-1} + \sum_{j \ge i} d_j & \text{ERROR} \\
     l_{i+1} + d_i & \text{ABOVE} \end{cases}$$
 
-    and its auxiliary network likewise. Within a tick a cell runs forward first, then learns, then its auxiliary network learns;
-    so nothing in the tick reads weights that learnt in it, and they are all stepped at its end.
+    and its auxiliary network likewise; the network that predicts its input learns once the real one is there. Within a tick a
+    cell runs forward first, then learns, then its auxiliary networks learn; so nothing in the tick reads weights that learnt in
+    it, and they are all stepped at its end. A `Clock` leaves events out: of blocks that rest, and of what would wait for them.
 
     Args:
         name: What the user calls it.
@@ -57,6 +64,8 @@ class Schedule:
         auxiliary: What each auxiliary network needs, ``None`` where nothing learns.
         delays: One for each link, bottom to top.
         hop: Ticks from one cell to the next, 0 or 1.
+        synthetic: For each cell, whether it runs on a synthetic input.
+        clock: Which cells work on which batch; all on all if left out.
     """
 
     name: str
@@ -64,10 +73,16 @@ class Schedule:
     auxiliary: tuple[Needs | None, ...]
     delays: tuple[int, ...]
     hop: int
+    synthetic: tuple[bool, ...] = ()
+    clock: Clock | None = None
 
     @cached_property
     def _offset(self) -> dict[tuple[int, Kind], int]:
-        return _offsets(self.needs, self.auxiliary, self.delays, self.hop)
+        return _offsets(self.needs, self.auxiliary, self.delays, self.hop, self.synthetic)
+
+    @cached_property
+    def _all_kinds(self) -> list[frozenset[Kind]]:
+        return [frozenset(kind for i, kind in self._offset if i == cell) for cell in range(self.cells)]
 
     @cached_property
     def _orders(self) -> dict[tuple[int, int], list[tuple[int, Kind, int]]]:
@@ -83,10 +98,41 @@ class Schedule:
         """Ticks between a batch's entry and its last action."""
         return max(self._offset.values())
 
-    @property
-    def actions_per_batch(self) -> int:
-        """Number of actions that a batch takes from entry to end."""
-        return len(self._offset)
+    def kinds(self, cell: int, batch: int) -> frozenset[Kind]:
+        """Returns everything that a cell does on a batch."""
+        return self._kinds(batch)[cell]
+
+    def _kinds(self, batch: int) -> list[frozenset[Kind]]:
+        """Returns, for each cell, everything that it does on a batch."""
+        if self.clock is None:
+            return self._all_kinds
+        if batch not in self._clocked:
+            if len(self._clocked) > _BATCHES_REMEMBERED:
+                self._clocked.clear()
+            self._clocked[batch] = self._read_the_clock(self.clock, batch)
+        return self._clocked[batch]
+
+    @cached_property
+    def _clocked(self) -> dict[int, list[frozenset[Kind]]]:
+        return {}
+
+    def _read_the_clock(self, clock: Clock, batch: int) -> list[frozenset[Kind]]:
+        kinds: list[frozenset[Kind]] = [frozenset()] * self.cells
+        silence = False  # whether nothing comes from above
+        for cell in range(self.cells - 1, -1, -1):
+            pace = Pace.REST if silence and self.needs[cell] == Needs.ABOVE else clock.pace(cell, batch)
+            kept = {Kind.FORWARD, *_KINDS_OF[pace]}
+            if clock.auxiliary(cell, batch):
+                kept |= {Kind.INPUT} if silence and self.auxiliary[cell] == Needs.ABOVE else {Kind.INPUT, Kind.AUXILIARY}
+            kinds[cell] = (self._all_kinds[cell] | {Kind.MESSAGE}) & kept
+            silence = pace is Pace.REST
+        return kinds
+
+    def actions_of(self, batch: int) -> int:
+        """Returns the number of actions that a batch takes from entry to end."""
+        if self.clock is None:
+            return len(self._offset)
+        return sum(map(len, self._kinds(batch)))
 
     def tick(self, tick: int, first: int, last: int) -> list[Action]:
         """Returns the actions of one tick in the order of the sequential reference.
@@ -99,7 +145,17 @@ class Schedule:
         window = (max(first - tick, -self.depth), min(last - tick, 0))
         if window not in self._orders:
             self._orders[window] = self._order(*window)
-        return [Action(cell, kind, tick + shift) for cell, kind, shift in self._orders[window]]
+        actions = [Action(cell, kind, tick + shift) for cell, kind, shift in self._orders[window]]
+        return actions if self.clock is None else list(self._on_the_clock(actions))
+
+    def _on_the_clock(self, actions: Sequence[Action]) -> Iterator[Action]:
+        """Leaves out what a resting cell does not do, and learning where there is only a message."""
+        for action in actions:
+            kinds = self.kinds(action.cell, action.batch)
+            if action.kind in kinds:
+                yield action
+            elif action.kind is Kind.LEARN and Kind.MESSAGE in kinds:
+                yield action._replace(kind=Kind.MESSAGE)
 
     def actions(self, batches: int) -> list[Action]:
         """Returns all actions of so many batches, drained at the end.
@@ -117,15 +173,18 @@ class Schedule:
         """Yields the actions of *other* cells that an action depends on; the timeline and every executor go by it."""
         cell, kind, batch = action
         top = self.cells - 1
-        if kind is Kind.FORWARD:
-            if cell:
-                yield Action(cell - 1, Kind.FORWARD, batch)
+        if kind is Kind.INPUT or (kind is Kind.FORWARD and cell and not self._synthetic(cell)):
+            yield Action(cell - 1, Kind.FORWARD, batch)
+        if kind in (Kind.FORWARD, Kind.INPUT):
             return
-        needs = self.needs[cell] if kind is Kind.LEARN else self.auxiliary[cell]
+        needs = self.auxiliary[cell] if kind is Kind.AUXILIARY else self.needs[cell]
         if cell != top and needs == Needs.ERROR:
             yield Action(top, Kind.FORWARD, batch)
         if cell != top and needs == Needs.ABOVE:
-            yield Action(cell + 1, Kind.LEARN, batch)
+            yield Action(cell + 1, Kind.MESSAGE if Kind.MESSAGE in self.kinds(cell + 1, batch) else Kind.LEARN, batch)
+
+    def _synthetic(self, cell: int) -> bool:
+        return bool(self.synthetic) and self.synthetic[cell]
 
     def joins(self, cell: int) -> bool:
         """Whether a block learns in the tick in which it and the one above run, so that one graph can span both."""
@@ -137,19 +196,19 @@ class Schedule:
         return self._offset[cell, Kind.LEARN] < self._offset[self.cells - 1, Kind.FORWARD]
 
     def overlaps(self, cell: int, kind: Kind) -> bool:
-        """Whether weights may change between a call and its use: of the block before L, of the auxiliary network before A."""
-        before = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN}[kind]
+        """Whether weights may change between a call and its use: of the block before L, of auxiliary networks before A and I."""
+        before = _BEFORE[kind]
         return (cell, kind) in self._offset and self._offset[cell, kind] > self._offset[cell, before]
 
     def _order(self, low: int, high: int) -> list[tuple[int, Kind, int]]:
         """Orders the actions of one tick: up the chain, and after each forward everything that has become possible."""
+        unclocked = replace(self, clock=None)  # what a clock leaves out of the order changes nothing in it
         pending = {(cell, kind, -offset) for (cell, kind), offset in self._offset.items() if low <= -offset <= high}
         order: list[tuple[int, Kind, int]] = []
 
         def ready(cell: int, kind: Kind, shift: int) -> bool:
-            own = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN}[kind]
-            others = ((c, k, b) for c, k, b in self.waits_for(Action(cell, kind, shift)))
-            return not any(wait in pending for wait in [(cell, own, shift), *others])
+            others = unclocked.waits_for(Action(cell, kind, shift))
+            return not any(wait in pending for wait in [(cell, _BEFORE[kind], shift), *others])
 
         def emit(cell: int, kind: Kind) -> None:
             shift = -self._offset.get((cell, kind), self.depth + 1)
@@ -159,6 +218,7 @@ class Schedule:
 
         for cell in range(self.cells):
             emit(cell, Kind.FORWARD)
+            emit(cell, Kind.INPUT)
             for below in range(cell, -1, -1):
                 emit(below, Kind.LEARN)
                 emit(below, Kind.AUXILIARY)
@@ -166,12 +226,26 @@ class Schedule:
         return order
 
 
+_BEFORE = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN, Kind.INPUT: Kind.FORWARD}
+"""What a cell must have done itself before an action; of a cell with a clock, as far as it does it."""
+
+_BATCHES_REMEMBERED = 64
+
+_KINDS_OF = {Pace.LEARN: (Kind.LEARN,), Pace.REPORT: (Kind.MESSAGE,), Pace.REST: ()}
+
+
 def _offsets(
-    needs: Sequence[Needs], auxiliary: Sequence[Needs | None], delays: Sequence[int], hop: int
+    needs: Sequence[Needs],
+    auxiliary: Sequence[Needs | None],
+    delays: Sequence[int],
+    hop: int,
+    synthetic: Sequence[bool],
 ) -> dict[tuple[int, Kind], int]:
     """Works out the tick, counted from a batch's entry, of each of its actions (the equation in `Schedule`)."""
     count = len(needs)
-    forward = [cell * hop for cell in range(count)]
+    forward = [0] * count
+    for cell in range(1, count):
+        forward[cell] = 0 if synthetic and synthetic[cell] else forward[cell - 1] + hop
     learn = list(forward)
     offsets: dict[tuple[int, Kind], int] = {}
     for cell in range(count - 1, -1, -1):
@@ -184,16 +258,32 @@ def _offsets(
         after = auxiliary[cell]
         if after is not None:
             offsets[cell, Kind.AUXILIARY] = max(learn[cell], arrival[after])
+        if synthetic and synthetic[cell]:
+            offsets[cell, Kind.INPUT] = max(forward[cell], forward[cell - 1])
     return offsets
 
 
-def lockstep(needs: tuple[Needs, ...], auxiliary: tuple[Needs | None, ...], delays: tuple[int, ...]) -> Schedule:
+def lockstep(
+    needs: tuple[Needs, ...],
+    auxiliary: tuple[Needs | None, ...],
+    delays: tuple[int, ...],
+    *,
+    synthetic: tuple[bool, ...] = (),
+    clock: Clock | None = None,
+) -> Schedule:
     """One batch at a time: it enters and, unless a link delays a message, everything is learnt before the next one."""
-    return Schedule("lockstep", needs, auxiliary, delays, hop=0)
+    return Schedule("lockstep", needs, auxiliary, delays, hop=0, synthetic=synthetic, clock=clock)
 
 
-def pipelined(needs: tuple[Needs, ...], auxiliary: tuple[Needs | None, ...], delays: tuple[int, ...]) -> Schedule:
-    """Cell i works on batch t - i in tick t, so that all cells can work at once.
+def pipelined(
+    needs: tuple[Needs, ...],
+    auxiliary: tuple[Needs | None, ...],
+    delays: tuple[int, ...],
+    *,
+    synthetic: tuple[bool, ...] = (),
+    clock: Clock | None = None,
+) -> Schedule:
+    """Cell i works on batch t - i in tick t, or on batch t if its input is synthetic, so that all cells can work at once.
 
     Raises:
         ValueError: If a block needs ERROR or ABOVE and its links are direct: it would have to stop and wait. Late messages are
@@ -205,7 +295,7 @@ def pipelined(needs: tuple[Needs, ...], auxiliary: tuple[Needs | None, ...], del
                 f"the pipelined schedule cannot serve block {cell}, which needs {need.name}: it would wait for those above; "
                 'accept late credit with links=Link(delay=1), choose a rule that needs TARGET at most, or schedule="lockstep"'
             )
-    return Schedule("pipelined", needs, auxiliary, delays, hop=1)
+    return Schedule("pipelined", needs, auxiliary, delays, hop=1, synthetic=synthetic, clock=clock)
 
 
 SCHEDULES = {"lockstep": lockstep, "pipelined": pipelined}

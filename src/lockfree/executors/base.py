@@ -1,7 +1,7 @@
 """What an executor works on and what it must do."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lockfree.cell import Cell
 from lockfree.link import Link
 from lockfree.objective import Objective
-from lockfree.schedule import Action
+from lockfree.schedule import Action, Schedule
 from lockfree.values import Credit, Values
 
 
@@ -26,6 +26,7 @@ class Flight:
         shared: Scratch space of the rule for this batch, common to all cells.
         error: dL/d(model output), once the top cell has run forward; never if the loss is joined to the top block.
         loss: The loss, with the graph of what it is joined to, between the top cell's forward and its learning.
+        scores: The model's output, detached, once the top cell has run forward; where `error` is.
     """
 
     inputs: Values
@@ -34,6 +35,7 @@ class Flight:
     shared: dict[str, Any] = field(default_factory=dict)
     error: Credit | None = None
     loss: Tensor | None = None
+    scores: Values = None
 
 
 @dataclass(slots=True)
@@ -43,6 +45,7 @@ class Assembly:
     Attributes:
         cells: Bottom to top.
         links: Link i joins cell i and cell i + 1.
+        schedule: What happens when, in the present phase of the rule.
         objective: The loss above the top cell.
         optimizer: Steps the weights of the blocks.
         auxiliary_optimizer: Steps the weights of the auxiliary networks, if any learn.
@@ -51,10 +54,35 @@ class Assembly:
 
     cells: list[Cell]
     links: list[Link]
+    schedule: Schedule
     objective: Objective
     optimizer: torch.optim.Optimizer
     auxiliary_optimizer: torch.optim.Optimizer | None
     flights: dict[int, Flight] = field(default_factory=dict)
+
+    def sample_losses(self, batch: int) -> Callable[[], Tensor]:
+        """Returns a function that gives the loss of each sample of a batch that has reached the top; worked out once."""
+        flight = self.flights[batch]
+
+        def evaluate() -> Tensor:
+            if "sample_losses" not in flight.shared:
+                flight.shared["sample_losses"] = self.objective.sample_losses(flight.scores, flight.target)
+            return flight.shared["sample_losses"]
+
+        return evaluate
+
+    def finish(self, batch: int) -> None:
+        """Ends one action of a batch; with the last one, its flight and whatever of it nobody has taken from a link."""
+        flight = self.flights[batch]
+        flight.remaining -= 1
+        if not flight.remaining:
+            self.end(batch)
+
+    def end(self, batch: int) -> None:
+        """Ends the flight of a batch."""
+        del self.flights[batch]
+        for link in self.links:
+            link.forget(batch)
 
     def update(self) -> None:
         """Ends a tick: what learnt is stepped, all at once.
@@ -97,10 +125,12 @@ class Outcome:
     Attributes:
         losses: The loss of each batch that reached the top, by batch.
         auxiliary: The loss of each auxiliary network that learnt, by (cell, batch).
+        inputs: The loss of each network that predicts an input and learnt, by (cell, batch).
     """
 
     losses: dict[int, Tensor] = field(default_factory=dict)
     auxiliary: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 class Executor(ABC):
@@ -112,4 +142,12 @@ class Executor(ABC):
 
         Raises:
             Diverged: If a loss is not finite; no weight has changed then.
+        """
+
+    @abstractmethod
+    def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
+        """Lets one cell learn on a batch with nobody waiting, and with it what the neighbours predict for its sake.
+
+        Raises:
+            Diverged: If the loss is not finite; no weight has changed then.
         """

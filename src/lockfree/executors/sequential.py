@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from lockfree.cell import Cell, full_precision
-from lockfree.executors.base import Assembly, Executor, Outcome
+from lockfree.executors.base import Assembly, Executor, Flight, Outcome
 from lockfree.objective import Diverged, is_finite
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
-from lockfree.values import Credit, tensors
+from lockfree.values import Credit, detach, tensors
 
 
 class Sequential(Executor):
@@ -19,27 +19,42 @@ class Sequential(Executor):
     def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
         """Runs the actions of one tick, then the update."""
         outcome = Outcome()
-        for index, kind, batch in actions:
-            cell, flight = assembly.cells[index], assembly.flights[batch]
-            if kind is Kind.FORWARD:
-                _forward(assembly, cell, batch, outcome)
-            elif kind is Kind.LEARN:
-                _learn(assembly, cell, batch)
-            else:
-                loss = cell.learn_auxiliary(batch, *_credit_for(assembly, cell, cell.auxiliary_needs, batch))
-                if loss is not None:
-                    outcome.auxiliary[index, batch] = loss
-            flight.remaining -= 1
-            if not flight.remaining:
-                del assembly.flights[batch]
+        for action in actions:
+            _ACTIONS[action.kind](assembly, assembly.cells[action.cell], action.batch, outcome)
+            assembly.finish(action.batch)
+        assembly.update()
+        return outcome
+
+    def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
+        """Runs F and L of the cell, then what its neighbours' auxiliary networks can learn from them, then the update."""
+        outcome, alone = Outcome(), assembly.cells[cell]
+        assembly.flights[batch] = flight
+        _run_forward(assembly, alone, batch, outcome, frozenset({Kind.FORWARD, Kind.LEARN}))
+        stand_in = alone.input_of(batch)
+        _learn(assembly, alone, batch, outcome)
+        if not alone.place.top:
+            made = assembly.links[cell].take(batch)
+            outcome.inputs[cell + 1, batch] = assembly.cells[cell + 1].learn_inputs_from(flight.inputs, made)
+        if cell and assembly.cells[cell - 1].auxiliary_needs is not None:
+            message = assembly.links[cell - 1].receive(batch)
+            sample_losses = None if flight.error is None else assembly.sample_losses(batch)
+            below = assembly.cells[cell - 1]
+            loss = below.learn_credit_at(batch, stand_in, flight.target, message, flight.error, sample_losses)
+            if loss is not None:
+                outcome.auxiliary[cell - 1, batch] = loss
+        assembly.end(batch)
         assembly.update()
         return outcome
 
 
 def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
+    _run_forward(assembly, cell, batch, outcome, assembly.schedule.kinds(cell.place.index, batch))
+
+
+def _run_forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds: frozenset[Kind]) -> None:
     flight, index = assembly.flights[batch], cell.place.index
-    inputs = assembly.links[index - 1].take(batch) if index else flight.inputs
-    outputs = cell.forward(batch, inputs, flight.target, flight.shared)
+    inputs = flight.inputs if not index or cell.synthetic else assembly.links[index - 1].take(batch)
+    outputs = cell.forward(batch, inputs, flight.target, flight.shared, kinds)
     if cell.learns_early and not all(bool(tensor.isfinite().all()) for tensor in tensors(outputs)):
         raise Diverged(
             f"training broke at step {batch + 1}: cell {index} ('{cell.block.name}') gave the first output that is not finite; look for "
@@ -52,12 +67,15 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> No
         flight.loss = assembly.objective.evaluate(outputs, flight.target)
     else:
         flight.loss, flight.error = assembly.objective(outputs, flight.target)
+        flight.scores = detach(outputs)
     outcome.losses[batch] = flight.loss.detach()
     if not is_finite(outcome.losses[batch]):
         raise Diverged(_where_it_broke(assembly, batch, flight.loss))
+    if Kind.LEARN not in kinds:
+        flight.loss = None  # the top block is at rest: nobody will differentiate it
 
 
-def _learn(assembly: Assembly, cell: Cell, batch: int) -> None:
+def _learn(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kind: Kind = Kind.LEARN) -> None:
     above = error = None
     if not cell.joined_above:
         above, error = _credit_for(assembly, cell, cell.needs, batch)
@@ -68,9 +86,35 @@ def _learn(assembly: Assembly, cell: Cell, batch: int) -> None:
             with full_precision(flight.loss.device.type):
                 flight.loss.backward()
         flight.loss = None
-    message = cell.learn(batch, above, error)
+    message = cell.learn(batch, above, error, kind)
     if cell.reports:
         assembly.links[cell.place.index - 1].send(batch, message)
+
+
+def _message(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
+    _learn(assembly, cell, batch, outcome, Kind.MESSAGE)
+
+
+def _learn_auxiliary(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
+    # A block that needs the message itself has taken it, and has it at hand.
+    needs = cell.auxiliary_needs if cell.needs < Needs.ABOVE else min(cell.auxiliary_needs or Needs.NOTHING, Needs.ERROR)
+    above, error = _credit_for(assembly, cell, needs, batch)
+    loss = cell.learn_auxiliary(batch, above, error, None if error is None else assembly.sample_losses(batch))
+    if loss is not None:
+        outcome.auxiliary[cell.place.index, batch] = loss
+
+
+def _learn_inputs(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
+    outcome.inputs[cell.place.index, batch] = cell.learn_inputs(batch, assembly.links[cell.place.index - 1].take(batch))
+
+
+_ACTIONS = {
+    Kind.FORWARD: _forward,
+    Kind.LEARN: _learn,
+    Kind.MESSAGE: _message,
+    Kind.AUXILIARY: _learn_auxiliary,
+    Kind.INPUT: _learn_inputs,
+}
 
 
 def _credit_for(assembly: Assembly, cell: Cell, needs: Needs | None, batch: int) -> tuple[Credit | None, Credit | None]:

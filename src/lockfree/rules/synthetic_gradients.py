@@ -1,18 +1,18 @@
 """Synthetic gradients (decoupled neural interfaces): each block predicts its own credit."""
 
-import itertools
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lockfree.memory import hold, unhold
+from lockfree.choose import choose
 from lockfree.objective import describe
-from lockfree.rule import Card, Context, Needs, Place, Rule, Site
+from lockfree.rule import Card, Clock, Context, Needs, Pace, Place, Rule, Site
+from lockfree.synthesisers import FORMS, Design, InputSynthesiser, ModuleSynthesiser, Prediction, Synthesiser
 from lockfree.values import Credit
 
 
@@ -30,13 +30,29 @@ class SyntheticGradients(Rule):
 
     Attributes:
         conditioned: Whether M also sees the label c (then the block needs TARGET, else NOTHING).
-        hidden_layers: Hidden layers of M, 0 (linear) or more; each is affine, batch normalisation, ReLU.
+        per_class: Whether each class has a synthesiser of its own, instead of the label among its inputs.
+        form: What M is: "gradient", a network that puts the gradient out; "gaussian", one that puts out its mean and scale;
+            "critic", one that predicts the loss and is differentiated; "sobolev", a critic whose derivative is fitted, too.
+        hidden_layers: Hidden layers of M, 0 (linear) or more; each is affine, batch normalisation, ReLU. A critic needs 1.
         hidden_units: Width of a hidden layer (channels where the block's output is an image).
         kernel_size: Odd width of M's convolutions where the block's output is an image.
+        synthesiser: Your own M instead: a module, copied for each border, or a function of (an example of the output, number of
+            classes to condition on, 0 for none) that returns one. It maps y, or (y, one-hot label), to a tensor of y's shape.
         borders: Blocks that get a synthesiser, 0 at the bottom; ``None`` for all but the last. The others wait for the block
-            above, as in backpropagation.
-        learning_rate: Of the synthesisers' Adam, above 0; ``None``: 0.001 if conditioned, else 0.03, found on a held-out part of
-            Fashion-MNIST (without the label the target is noisier than it is large, and only a fast synthesiser keeps up).
+            above, as in backpropagation; so ``(k,)`` makes two big blocks.
+        learning_rate: Of the synthesisers' Adam, above 0; ``None``: a default by form and conditioning, found on held-out images.
+        update_probability: Probability that a block learns from a batch, above 0 to 1, drawn for each block and batch. A block
+            that does not learn runs forward only; the synthesiser below it has then nothing to learn from.
+        block_every: Blocks learn from every so-manieth batch, 1 or more. In between they report to the synthesisers below.
+        synthesiser_every: Synthesisers learn from every so-manieth batch, 1 or more.
+        warm_up: Batches, 0 or more, in which the blocks learn from true gradients while the synthesisers learn and are not used.
+        mix: Share of the true gradient in the credit, 0 to 1; above 0 the block waits for the one above.
+        noise: Standard deviation of Gaussian noise in the credit, 0 or more, in units of the credit's root mean square over the
+            batch (form "gaussian": of the predicted standard deviation; 1 samples from the prediction).
+        noise_decay: Exponent with which the noise's variance falls, 0 or more: it is divided by (1 + batch)^noise_decay.
+        synthetic_inputs: Whether each block but the first is trained on a prediction of its input, made from the network's by a
+            model with the same hidden layers (complete unlock). `Learner.predict` uses real activations.
+        seed: Of the draws of ``update_probability`` and ``noise``.
 
     Raises:
         ValueError: If a field is out of range, or a label-conditioned synthesiser meets a model without class scores.
@@ -49,15 +65,28 @@ class SyntheticGradients(Rule):
 
     Reference:
         Jaderberg et al. 2016, "Decoupled neural interfaces using synthetic gradients", arXiv 1608.05343, section 2 and
-        appendix; M is $M_{i+1}$ and $\delta$ is $\delta_i$ there.
+        appendix; M is $M_{i+1}$ and $\delta$ is $\delta_i$ there. Critics: Czarnecki et al. 2017, "Sobolev training for neural
+        networks", arXiv 1706.04859. Annealed noise: Neelakantan et al. 2015, arXiv 1511.06807, equation 1.
     """
 
     conditioned: bool = False
+    per_class: bool = False
+    form: str = "gradient"
     hidden_layers: int = 0
     hidden_units: int = 256
     kernel_size: int = 5
+    synthesiser: nn.Module | Callable[[Tensor, int], nn.Module] | None = field(default=None, repr=False, compare=False)
     borders: tuple[int, ...] | None = None
     learning_rate: float | None = None
+    update_probability: float = 1.0
+    block_every: int = 1
+    synthesiser_every: int = 1
+    warm_up: int = 0
+    mix: float = 0.0
+    noise: float = 0.0
+    noise_decay: float = 0.55
+    synthetic_inputs: bool = False
+    seed: int = 0
 
     card: ClassVar[Card] = Card(
         title="Synthetic gradients",
@@ -72,31 +101,52 @@ class SyntheticGradients(Rule):
     )
 
     def __post_init__(self) -> None:
-        if self.hidden_layers < 0 or self.hidden_units < 1:
-            raise ValueError(
-                f"hidden_layers={self.hidden_layers} must be 0 or more and hidden_units={self.hidden_units} 1 or more"
-            )
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+        choose(FORMS, self.form, "form of synthesiser")
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}={getattr(self, name)} must be {least} or more")
+        if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, so that a synthetic gradient has its output's size")
         if self.borders is not None and not self.borders:
             raise ValueError("borders=() leaves no synthesiser: name some, or leave borders out for all of them")
-        if self.learning_rate is not None and self.learning_rate <= 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        if not 0 < self.update_probability <= 1:
+            raise ValueError(f"update_probability={self.update_probability} must be above 0 and at most 1")
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"mix={self.mix} must be from 0 (synthetic) to 1 (true gradient)")
+        if self.per_class and not self.conditioned:
+            raise ValueError("per_class=True is a form of label conditioning: give conditioned=True, too")
+        if self.synthesiser is not None and (self.form != "gradient" or self.per_class):
+            raise ValueError('a synthesiser of your own puts gradients out: leave form at "gradient" and per_class out')
+        if self.form in ("critic", "sobolev") and not self.hidden_layers:
+            raise ValueError(
+                f"form={self.form!r} needs a hidden layer, hidden_layers=1: an affine critic has one gradient for all"
+            )
 
     @property
     def title(self) -> str:
-        return f"{self.card.title}, label-conditioned" if self.conditioned else self.card.title
+        parts = [self.card.title]
+        parts += ["label-conditioned"] if self.conditioned else []
+        parts += [f"{self.form} form"] if self.form != "gradient" else []
+        parts += ["synthetic inputs"] if self.synthetic_inputs else []
+        return ", ".join(parts)
+
+    # ---- who waits for what --------------------------------------------------------------------------------------------------
 
     def needs(self, place: Place) -> Needs:
-        if not self._synthesises(place):
+        if not self._synthesises(place) or self.mix > 0:
             return Needs.ABOVE
         return Needs.TARGET if self.conditioned else Needs.NOTHING
 
     def passes_on(self, place: Place) -> bool:
-        return not self._synthesises(place)
+        return not self._synthesises(place) and self.block_every == 1
 
     def auxiliary_needs(self, place: Place) -> Needs | None:
-        return Needs.ABOVE if self._synthesises(place) else None
+        return FORMS[self.form].needs if self._synthesises(place) else None
+
+    def synthesises_inputs(self, place: Place) -> bool:
+        return self.synthetic_inputs and place.index > 0 and self._synthesises(Place(place.index - 1, place.count))
 
     def _synthesises(self, place: Place) -> bool:
         """The block under the loss has the true gradient at hand; it never gets a synthesiser."""
@@ -107,205 +157,128 @@ class SyntheticGradients(Rule):
                 )
         return not place.top and (self.borders is None or place.index in self.borders)
 
+    def phases(self) -> tuple[tuple[int, Rule], ...]:
+        if not self.warm_up:
+            return ((0, self),)
+        return ((0, replace(self, warm_up=0, mix=1.0, noise=0.0)), (self.warm_up, replace(self, warm_up=0)))
+
+    def clock(self, cells: int) -> Clock | None:
+        if self.update_probability == 1 and self.block_every == 1 and self.synthesiser_every == 1:
+            return None
+        # Blocks that hand credit down to each other learn together or not at all: they are one block of the paper.
+        decides = [next(i for i in range(cell, cells) if self._decides(Place(i, cells))) for cell in range(cells)]
+
+        def pace(cell: int, batch: int) -> Pace:
+            if self.update_probability < 1 and self._draws(decides[cell], batch).random() >= self.update_probability:
+                return Pace.REST
+            return Pace.REPORT if batch % self.block_every else Pace.LEARN
+
+        return Clock(pace, lambda _, batch: batch % self.synthesiser_every == 0)
+
+    def _decides(self, place: Place) -> bool:
+        return place.top or self.needs(place) < Needs.ABOVE
+
+    def _draws(self, cell: int, batch: int) -> random.Random:
+        """Random numbers of one cell and batch, the same wherever and whenever they are drawn."""
+        return random.Random(f"{self.seed} {cell} {batch}")
+
+    # ---- the networks --------------------------------------------------------------------------------------------------------
+
     def build(self, site: Site) -> nn.Module | None:
         if not self._synthesises(site.place):
             return None
-        classes = 0
-        if self.conditioned:
-            classes = site.scores.shape[1]
-            if site.scores.dim() != 2:
-                shape = tuple(site.scores.shape)
-                raise ValueError(
-                    f"a label-conditioned synthesiser needs class scores (batch, classes), this model gives {shape}"
-                )
-        return nn.ModuleList(self._synthesiser(y, classes) for y in site.outputs)
+        design = self._design(self._classes(site))
+        return nn.ModuleList(self._synthesiser(y, design) for y in site.outputs)
 
-    def _synthesiser(self, y: Tensor, classes: int) -> "Synthesiser":
-        if y.dim() == 4:
-            return ConvolutionalSynthesiser(y, classes, self.hidden_layers, self.hidden_units, self.kernel_size)
-        if self.hidden_layers:
-            return DenseSynthesiser(y, classes, self.hidden_layers, self.hidden_units)
-        return LinearSynthesiser(y, classes)
+    def build_inputs(self, site: Site) -> nn.Module:
+        return InputSynthesiser(site.example, site.inputs, self._design(0))
+
+    def _synthesiser(self, y: Tensor, design: Design) -> Synthesiser:
+        if self.synthesiser is None:
+            return FORMS[self.form].build(y, design)
+        given = self.synthesiser
+        made = copy.deepcopy(given) if isinstance(given, nn.Module) else given(y, design.classes)
+        return made if isinstance(made, Synthesiser) else ModuleSynthesiser(made, y, design.classes)
+
+    def _design(self, classes: int) -> Design:
+        return Design(
+            classes=classes,
+            per_class=self.per_class,
+            hidden_layers=self.hidden_layers,
+            hidden_units=self.hidden_units,
+            kernel_size=self.kernel_size,
+        )
+
+    def _classes(self, site: Site) -> int:
+        if not self.conditioned:
+            return 0
+        if site.scores.dim() != 2:
+            shape = tuple(site.scores.shape)
+            raise ValueError(f"a label-conditioned synthesiser needs class scores (batch, classes), this model gives {shape}")
+        return site.scores.shape[1]
 
     def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         rate = (1e-3 if self.conditioned else 3e-2) if self.learning_rate is None else self.learning_rate
         return torch.optim.Adam(parameters, lr=rate, fused=True)
 
+    # ---- learning ------------------------------------------------------------------------------------------------------------
+
     def credit(self, context: Context) -> Credit | None:
         if not self._synthesises(context.place):
             return context.above
-        synthesisers = _synthesisers(context)
         if not context.outputs:  # frozen up to here: there is nothing to have a gradient
             return ()
-        which = _one_hot(context, synthesisers[0].classes) if self.conditioned else None
-        pairs = zip(synthesisers, context.outputs, strict=True)
-        context.memo = [synthesiser.predict(y, which, context.samples) for synthesiser, y in pairs]
-        return tuple(prediction.credit for prediction in context.memo)
+        context.memo = self._predict(context)
+        if self.mix == 1:
+            return context.above
+        credit = tuple(self._consumed(context, index, prediction) for index, prediction in enumerate(context.memo))
+        if self.mix == 0 or context.above is None:
+            return credit
+        return tuple(
+            (1 - self.mix) * synthetic + (0 if true is None else self.mix * true)
+            for synthetic, true in zip(credit, context.above, strict=True)
+        )
 
     def learn(self, context: Context) -> Tensor | None:
-        if context.above is None:
+        if not context.outputs:
             return None
-        synthesisers = _synthesisers(context)
+        # A block at rest has predicted nothing yet.
+        predictions = self._predict(context) if context.memo is None else context.memo
+        truths = context.above or (None,) * len(predictions)
         loss = None
-        for synthesiser, prediction, truth in zip(synthesisers, context.memo, context.above, strict=True):
-            if truth is not None:
-                # dL/d(prediction) = (prediction - m truth) / m, which is the credit minus the truth: the loss needs no graph.
-                difference = prediction.credit.sub_(truth)
-                synthesiser.regress(prediction, difference)
-                flat = difference.flatten()  # a view, unless the memory is in another order (channels last)
-                square = torch.dot(flat, flat)
-                loss = square if loss is None else loss + square
-        return None if loss is None else loss * (context.samples / 2)
+        for network, prediction, truth in zip(_synthesisers(context), predictions, truths, strict=True):
+            one = network.learn(prediction, truth, context.samples, context.sample_losses)
+            if one is not None:
+                loss = one if loss is None else loss + one
+        return loss
+
+    def _predict(self, context: Context) -> list[Prediction]:
+        label = _one_hot(context) if self.conditioned else None
+        pairs = zip(_synthesisers(context), context.outputs, strict=True)
+        return [network.predict(y, label, context.samples) for network, y in pairs]
+
+    def _consumed(self, context: Context, index: int, prediction: Prediction) -> Tensor:
+        """Returns the credit that the block learns from: the prediction, with noise if there is to be any."""
+        credit = prediction.credit
+        if not self.noise:
+            return credit
+        generator = torch.Generator(credit.device)
+        generator.manual_seed(self._draws(context.place.index, context.batch).getrandbits(62) + index)
+        noise = torch.randn(credit.shape, generator=generator, dtype=credit.dtype, device=credit.device)
+        scale = credit.square().mean().sqrt() if prediction.scale is None else prediction.scale
+        return credit + noise * scale * (self.noise * (1 + context.batch) ** (-self.noise_decay / 2))
 
 
-@dataclass(slots=True)
-class Prediction:
-    """A prediction until the truth arrives.
-
-    Attributes:
-        credit: The predicted gradient of the batch's mean loss, shape of y; detached.
-        graph: What the synthesiser needs to learn from it later.
-    """
-
-    credit: Tensor
-    graph: Any
-
-
-class Synthesiser(nn.Module, ABC):
-    """Predicts the gradient of one sample's loss with respect to y, from y and optionally the label c (a one-hot row).
-
-    Args:
-        classes: Number of classes to condition on, 0 for none.
-
-    Reference:
-        Jaderberg et al. 2016, arXiv 1608.05343, appendix "Feed-forward implementation details".
-    """
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-
-    @abstractmethod
-    def forward(
-        self, y: Float[Tensor, "m *shape"], label: Float[Tensor, "m classes"] | None = None
-    ) -> Float[Tensor, "m *shape"]:
-        """Returns the predicted gradient of each sample's loss; the label is given if and only if it is conditioned on."""
-
-    def predict(self, y: Tensor, label: Tensor | None, samples: int) -> Prediction:
-        """Returns the prediction on the scale of the mean loss over ``samples``, and what learning from it takes."""
-        dtype = next(self.parameters()).dtype
-        prediction = self(y.to(dtype), None if label is None else label.to(dtype))
-        # The last layer is affine, whose gradient does not look at its own output: the output may be rescaled where it lies.
-        return Prediction(prediction.detach().div_(samples), prediction)
-
-    def regress(self, prediction: Prediction, difference: Tensor) -> None:
-        """Leaves the gradients of the parameters, given that of the loss with respect to the prediction."""
-        torch.autograd.backward(prediction.graph, difference)
-
-
-class LinearSynthesiser(Synthesiser):
-    r"""An affine map, $M(y, c) = W y + t_c$ with a row of the table t for each class (one row b if there is no label).
-
-    It is that of $[y; \mathrm{onehot}(c)]$. Its gradients, $\partial L/\partial W = d^T y$ and $\partial L/\partial t =
-    \mathrm{onehot}(c)^T d$, are taken by hand: it is the whole extra cost of a decoupled step, and autograd would double it.
-
-    Args:
-        like: An example of y, shape (m, d) or (m, ..., d).
-        classes: Number of classes to condition on, 0 for none.
-    """
-
-    def __init__(self, like: Tensor, classes: int) -> None:
-        super().__init__(classes)
-        units = like.shape[-1]
-        self.weight = nn.Parameter(like.new_zeros(units, units))
-        self.table = nn.Parameter(like.new_zeros(max(classes, 1), units))
-
-    def forward(self, y: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns W y + t."""
-        return F.linear(y, self.weight) + self._rows(y, label).view(-1, *[1] * (y.dim() - 2), y.shape[-1])
-
-    def _rows(self, y: Tensor, label: Tensor | None) -> Tensor:
-        """Returns the row of the table for each sample, or the one row."""
-        return self.table if label is None else label @ self.table
-
-    def predict(self, y: Tensor, label: Tensor | None, samples: int) -> Prediction:
-        """Returns (W y + t) / samples."""
-        weight, table = self.weight.detach(), self.table.detach()
-        rows = y.to(weight.dtype).flatten(0, -2)
-        if label is None:
-            credit = torch.addmm(table, rows, weight.t(), beta=1 / samples, alpha=1 / samples)
-        else:
-            label = label.to(weight.dtype)
-            if len(label) != len(rows):  # one label for all steps of a sequence
-                label = label.repeat_interleave(len(rows) // len(label), dim=0)
-            # A product with the one-hot rows is faster than gathering rows of the table.
-            credit = (label @ table).addmm_(rows, weight.t(), beta=1 / samples, alpha=1 / samples)
-        return Prediction(credit.view(y.shape), (hold(rows), label))
-
-    def regress(self, prediction: Prediction, difference: Tensor) -> None:
-        """Leaves the gradients in closed form."""
-        rows, label = unhold(prediction.graph[0]), prediction.graph[1]
-        difference = difference.flatten(0, -2)
-        self.weight.grad = difference.t() @ rows
-        self.table.grad = difference.sum(0, keepdim=True) if label is None else label.t() @ difference
-
-
-class DenseSynthesiser(Synthesiser):
-    """Hidden layers (affine, batch normalisation, ReLU), then an affine one that starts at zero; the label enters the first.
-
-    Args:
-        like: An example of y, shape (m, d) or (m, t, d); across time t there is no normalisation, steps not being independent.
-        classes: Number of classes to condition on, 0 for none.
-        hidden_layers: 1 or more.
-        hidden_units: Their width.
-    """
-
-    def __init__(self, like: Tensor, classes: int, hidden_layers: int, hidden_units: int) -> None:
-        super().__init__(classes)
-        place = {"dtype": like.dtype, "device": like.device}
-        widths = [like.shape[-1] + classes] + [hidden_units] * hidden_layers
-        layers: list[nn.Module] = []
-        for into, out in itertools.pairwise(widths):
-            normalise = nn.BatchNorm1d(out, **place) if like.dim() == 2 else nn.Identity()
-            layers += [nn.Linear(into, out, **place), normalise, nn.ReLU()]
-        self.layers = nn.Sequential(*layers, _zero(nn.Linear(widths[-1], like.shape[-1], **place)))
-
-    def forward(self, y: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns the prediction."""
-        if label is not None:
-            y = torch.cat([y, label.view(len(y), *[1] * (y.dim() - 2), -1).expand(*y.shape[:-1], -1)], dim=-1)
-        return self.layers(y)
-
-
-class ConvolutionalSynthesiser(Synthesiser):
-    """Convolutions of the same size on (m, channels, h, w); the label enters the first as one plane for each class.
-
-    Args:
-        like: An example of y.
-        classes: Number of classes to condition on, 0 for none.
-        hidden_layers: 0 or more, each with batch normalisation and ReLU.
-        hidden_units: Their channels.
-        kernel_size: Odd width of the kernels.
-    """
-
-    def __init__(self, like: Tensor, classes: int, hidden_layers: int, hidden_units: int, kernel_size: int) -> None:
-        super().__init__(classes)
-        place = {"dtype": like.dtype, "device": like.device}
-
-        def convolution(into: int, out: int) -> nn.Module:
-            return nn.Conv2d(into, out, kernel_size, padding=kernel_size // 2, **place)
-
-        widths = [like.shape[1] + classes] + [hidden_units] * hidden_layers
-        layers: list[nn.Module] = []
-        for into, out in itertools.pairwise(widths):
-            layers += [convolution(into, out), nn.BatchNorm2d(out, **place), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, _zero(convolution(widths[-1], like.shape[1])))
-
-    def forward(self, y: Tensor, label: Tensor | None = None) -> Tensor:
-        """Returns the prediction."""
-        if label is not None:
-            y = torch.cat([y, label[:, :, None, None].expand(-1, -1, *y.shape[2:])], dim=1)
-        return self.layers(y)
+_LEAST = {
+    "hidden_layers": 0,
+    "hidden_units": 1,
+    "kernel_size": 1,
+    "block_every": 1,
+    "synthesiser_every": 1,
+    "warm_up": 0,
+    "noise": 0,
+    "noise_decay": 0,
+}
 
 
 def _synthesisers(context: Context) -> list[Synthesiser]:
@@ -313,7 +286,7 @@ def _synthesisers(context: Context) -> list[Synthesiser]:
     return list(cast("nn.ModuleList", context.auxiliary))  # pyrefly: ignore[bad-return]
 
 
-def _one_hot(context: Context, classes: int) -> Tensor:
+def _one_hot(context: Context) -> Tensor:
     """Returns the batch's labels as one-hot rows, made once for all cells."""
     if "one_hot" not in context.shared:
         label = context.target
@@ -322,14 +295,7 @@ def _one_hot(context: Context, classes: int) -> Tensor:
                 f"a label-conditioned synthesiser needs class numbers of shape (batch,), the targets are {describe(label)}"
             )
         label = label.long()[:, None]
-        zeros = context.outputs[0].new_zeros(len(label), classes)
+        zeros = context.outputs[0].new_zeros(len(label), _synthesisers(context)[0].classes)
         # A negative label is one that the loss ignores; it has no class.
         context.shared["one_hot"] = zeros.scatter_(1, label.clamp_min(0), (label >= 0).to(zeros.dtype))
     return context.shared["one_hot"]
-
-
-def _zero(layer: nn.Module) -> nn.Module:
-    """Starts a layer at zero, weights and biases, so that the first synthetic gradients are zero."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
