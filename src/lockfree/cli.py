@@ -1,9 +1,10 @@
-"""The command line: `lockfree train`, `compare`, `rules`, `cite`, `data`, `bench`."""
+"""The command line: `lockfree train`, `compare`, `rules`, `cite`, `data`, `bench`, `reproduce`."""
 
 import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
@@ -14,11 +15,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import tyro
 
-from lockfree import data
+from lockfree import data, recipes
 from lockfree.bench import BENCHMARKS
 from lockfree.choose import choose, unknown
-from lockfree.console import download, human_bytes, print_table, progress, short
-from lockfree.experiment import Experiment, RuleSettings, Settings, entry, load_once, parse_fields, write_report
+from lockfree.console import download, human_bytes, print_table, progress, short, trials
+from lockfree.experiment import Experiment, RuleSettings, Settings, check_device, entry, load_once, parse_fields, write_report
 from lockfree.rule import LOCKS, Place, locks
 from lockfree.rules import RULES, get
 from lockfree.run import Run
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lockfree {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; a checkpoint was written, go on with the same command and --resume" if _out(arguments) else ""
+        hint = _how_to_go_on(arguments)
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
     except SystemExit as done:  # --help
@@ -65,12 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    if arguments[0] == "reproduce":
+        return "; checkpoints were written, go on with the same command"
+    return "; a checkpoint was written, go on with the same command and --resume" if _out(arguments) else ""
+
+
 def _commands() -> dict[str, type[Command]]:
-    return {"train": Train, "compare": Compare, "rules": Rules, "cite": Cite, "data": Data, "bench": Bench}
+    return {
+        "train": Train,
+        "compare": Compare,
+        "rules": Rules,
+        "cite": Cite,
+        "data": Data,
+        "bench": Bench,
+        "reproduce": Reproduce,
+    }
 
 
 def _usage(commands: dict[str, type[Command]]) -> str:
-    lines = [f"  {name:9s}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
+    lines = [f"  {name:11s}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
     return "usage: lockfree COMMAND [--help]\n\nTrain neural networks without the locks of backpropagation.\n\n" + "\n".join(
         lines
     )
@@ -342,6 +357,50 @@ class Bench:
             print(json.dumps(found))
             return
         print_table(["what", "value"], [[name, short(value)] for name, value in found.items()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Repeat a paper's experiment and print its numbers beside ours; the same command goes on where it stopped.
+
+    Args:
+        name: Which experiment: dni-table1, dni-sparse-updates, dni-unlocked, dni-noise or sobolev-critics.
+        budget: smoke (a minute), small (tens of minutes on 2 cores) or full (the paper's own).
+        out: Folder for results.json, plot.png and the trials; runs/NAME-BUDGET if left out.
+        workers: Trials that run at a time, each in one thread; one for each core if left out.
+        device: Where to train: cpu, cuda, ...
+        json: End with one JSON object on standard output.
+    """
+
+    name: tyro.conf.Positional[str]
+    budget: Literal["smoke", "small", "full"] = "small"
+    out: Path | None = None
+    workers: int | None = None
+    device: str = "cpu"
+    json: bool = False
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Runs what has not been run, writes results and plot, prints the table."""
+        recipe = choose(recipes.RECIPES, self.name, "recipe")(self.budget)
+        out = self.out or Path("runs") / f"{self.name}-{self.budget}"
+        workers = (os.cpu_count() or 1) if self.workers is None else self.workers
+        if workers < 1:
+            raise ValueError(f"--workers {workers}: give 1 or more")
+        check_device(self.device)
+        for name in dict.fromkeys(trial.data for trial in recipe.trials):
+            load_once(name, "cpu")  # refuses what is missing before anything is written
+        folder = recipe.open(out)
+        with trials(len(recipe.trials), quiet=self.json, label=self.name) as told:
+            results = recipes.run(recipe, out, workers=min(workers, len(recipe.trials)), device=self.device, told=told)
+        summary = recipe.write(out, results)
+        folder.finish({"entries": summary["entries"]})
+        if self.json:
+            print(json.dumps(summary | {"out": str(out)}))
+            return
+        print_table(*recipe.rows(summary))
+        ours = f"test error in per cent, mean ± standard deviation over seeds; {recipe.scope}"
+        print(ours + (f"\nin brackets the paper's: {recipe.source}" if recipe.paper else ""))
+        print(f"{recipe.reference}\nresults: {out / 'results.json'}, plot: {out / 'plot.png'}")
 
 
 # ---- what commands share -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What the command line shows: tables, progress, units."""
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -83,3 +84,36 @@ def download() -> Iterator[Callable[[str, int, int | None], None]]:
             bar.update(tasks[name], completed=so_far)
 
         yield show
+
+
+@contextlib.contextmanager
+def trials(count: int, *, quiet: bool, label: str) -> Iterator[Callable[[Any, dict[str, Any]], None]]:
+    """Shows the trials of a recipe as they end: a bar on a terminal, a line each when piped, standard output left to --json."""
+    stream = sys.stderr if quiet else sys.stdout
+    if not stream.isatty():
+        done = itertools.count(1)
+
+        def line(trial: Any, result: dict[str, Any]) -> None:
+            print(f"{next(done)}/{count} {_told(trial, result)}", file=stream, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=Console(file=stream)) as bar:
+        task = bar.add_task(label, total=count, now="")
+        yield lambda trial, result: bar.update(task, advance=1, now=_told(trial, result))
+
+
+def _told(trial: Any, result: dict[str, Any]) -> str:
+    what = f"{trial.panel}, {trial.series}, {trial.x:g}, seed {trial.seed}"
+    return f"{what}: error {result['test_error']:.2f} % ({result['seconds']:.0f} s)"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -30,6 +31,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 """Optimizers by command-line name; sgd has momentum 0.9."""
 
 
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part)),
+    "constant": lambda part: 1.0,
+}
+"""How the learning rate goes by command-line name: its share of the first one after a part, 0 to 1, of the epochs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What any training run on a named data set is told, whatever the rule.
@@ -41,6 +49,7 @@ class Settings:
         batch_size: Samples in a batch, 1 or more.
         optimizer: adam, or sgd (with momentum 0.9).
         learning_rate: Of the blocks' optimizer, above 0.
+        decay: How it goes from epoch to epoch: cosine (half a cosine down to 0 at the end of the last one) or constant.
         seed: Decides initial weights, the order of the data and dropout.
         device: Where to train: cpu, cuda, cuda:1, ...
     """
@@ -51,6 +60,7 @@ class Settings:
     batch_size: int = 256
     optimizer: str = "adam"
     learning_rate: float = 1e-3
+    decay: str = "cosine"
     seed: int = 0
     device: str = "cpu"
 
@@ -92,8 +102,9 @@ class Experiment(RuleSettings):
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
         choose(OPTIMIZERS, self.optimizer, "optimizer")
+        choose(DECAYS, self.decay, "decay")
         models.check(self.model)
-        _check_device(self.device)
+        check_device(self.device)
         self.make_rule()
 
     def make_rule(self) -> Rule:
@@ -138,7 +149,9 @@ class Experiment(RuleSettings):
         run = None
         if folder is not None:
             run = Run.open(folder) if resume else Run.create(folder, self.config())
-        summary = Trainer(learner, run=run, resume=resume, sinks=sinks).fit(loader, test, epochs=self.epochs)
+        scheduler = _Decay(learner.optimizer, self._share_of_the_rate)
+        trainer = Trainer(learner, run=run, resume=resume, sinks=sinks, scheduler=scheduler)
+        summary = trainer.fit(loader, test, epochs=self.epochs)
         found = evaluate(learner, test)
         result = {
             "rule": self.rule,
@@ -159,6 +172,9 @@ class Experiment(RuleSettings):
             run.finish(result)
         return result
 
+    def _share_of_the_rate(self, epoch: int) -> float:
+        return DECAYS[self.decay](min(epoch / max(self.epochs, 1), 1.0))
+
     def config(self) -> dict[str, Any]:
         """Returns the settings as plain data."""
         return dataclasses.asdict(self)
@@ -174,6 +190,15 @@ class Experiment(RuleSettings):
         return cls(**settings)
 
 
+class _Decay(torch.optim.lr_scheduler.LambdaLR):
+    """A learning rate by epoch; a run that is resumed for more epochs goes on with the rate that these have at its epoch."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
+        for group, base, share in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * share(self.last_epoch)
+
+
 def load_once(name: str, device: str) -> Dataset:
     """Loads a data set onto a device; the last one stays, since a comparison trains on it again and again."""
     return _load_once(name, device, data_root())
@@ -184,7 +209,12 @@ def _load_once(name: str, device: str, root: Path) -> Dataset:
     return load(name, root=root).to(device)
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Refuses a device that this machine does not have.
+
+    Raises:
+        ValueError: With what to give instead.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from lockfree.schedule import Kind
+
 # The table's columns in their order, and which of a column's numbers is the best one.
 _QUANTITIES = {"test_accuracy": max, "test_loss": min, "seconds": min}
 _QUANTITIES |= {"samples_per_second": max, "peak_activation_bytes": min}
@@ -20,7 +22,7 @@ class Span(NamedTuple):
 
     Attributes:
         cell: Which cell; 0 is the bottom one.
-        kind: "F" forward, "L" learn, "A" the auxiliary network learns.
+        kind: "F" forward, "L" learn, "M" only report, "A" the auxiliary network learns, "I" what predicts the input learns.
         batch: The number of the batch.
         start: When the action began, in units of one forward.
         end: When it was done, in the same units.
@@ -64,9 +66,10 @@ class Entry:
     citation: str = ""
 
     def __post_init__(self) -> None:
-        unknown = sorted({span.kind for span in self.timeline} - {"F", "L", "A"})
+        unknown = sorted({span.kind for span in self.timeline} - set(Kind))
         if unknown:
-            raise ValueError(f"the timeline of {self.rule} has actions of kind {unknown[0]!r}: use 'F', 'L' or 'A'")
+            known = ", ".join(f"'{kind}'" for kind in Kind)
+            raise ValueError(f"the timeline of {self.rule} has actions of kind {unknown[0]!r}: use one of {known}")
 
 
 def idle_share(timeline: Sequence[Span]) -> float:

@@ -5,8 +5,15 @@ from collections.abc import Mapping
 from lockfree.report import Span
 from lockfree.schedule import Action, Kind, Schedule
 
-# A backward pass takes about twice the products of a forward pass; an auxiliary network is thinner than its block.
-DURATIONS: Mapping[Kind, float] = {Kind.FORWARD: 1.0, Kind.LEARN: 2.0, Kind.AUXILIARY: 1.0}
+# A backward pass takes about twice the products of a forward pass, half of them for the message; an auxiliary network is thinner
+# than its block.
+DURATIONS: Mapping[Kind, float] = {
+    Kind.FORWARD: 1.0,
+    Kind.LEARN: 2.0,
+    Kind.MESSAGE: 1.0,
+    Kind.AUXILIARY: 1.0,
+    Kind.INPUT: 1.0,
+}
 
 
 def play(schedule: Schedule, batches: int, durations: Mapping[Kind, float] = DURATIONS) -> list[Span]:

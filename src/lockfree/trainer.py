@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from lockfree.learner import Learner
 from lockfree.memory import ActivationMeter
@@ -96,7 +97,8 @@ class Trainer:
         sinks: Also told of every step and epoch.
         log_every: Steps between two lines in ``metrics.jsonl``, 1 or more.
         checkpoint_every: Steps between two checkpoints, beside the one after every epoch; ``None`` for these alone.
-        scheduler: A learning-rate scheduler made over ``learner.optimizer``; stepped after every epoch.
+        scheduler: A learning-rate scheduler made over ``learner.optimizer``, or several, such as one over
+            ``learner.auxiliary_optimizer`` as well; stepped after every epoch.
 
     Raises:
         ValueError: If the folder holds another run, or one of another model or rule.
@@ -120,11 +122,12 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         log_every: int = 20,
         checkpoint_every: int | None = None,
-        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
     ) -> None:
         self.learner = learner
         self._sinks, self._log_every, self._checkpoint_every = list(sinks), log_every, checkpoint_every
-        self._scheduler, self._resume = scheduler, resume
+        self._schedulers = [scheduler] if isinstance(scheduler, LRScheduler) else list(scheduler or ())
+        self._resume = resume
         self._progress = _Progress()
         for name, every in (("log_every", log_every), ("checkpoint_every", checkpoint_every)):
             if every is not None and every < 1:
@@ -241,8 +244,8 @@ class Trainer:
             found = evaluate(self.learner, val_loader)
             values |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
         self._tell("epoch", values | {"seconds": progress.seconds}, write=True)
-        if self._scheduler is not None:
-            self._scheduler.step()
+        for scheduler in self._schedulers:
+            scheduler.step()
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
 
     def _tell(self, kind: str, values: dict[str, Any], *, write: bool) -> None:
@@ -272,7 +275,7 @@ class Trainer:
             "progress": progress,
             "loader": loader.state_dict() if isinstance(loader, Stateful) else None,
             "start_of_epoch": start_of_epoch,
-            "scheduler": self._scheduler and _plain(self._scheduler.state_dict()),
+            "schedulers": [_plain(scheduler.state_dict()) for scheduler in self._schedulers],
         }
         self.run.save_checkpoint(self.learner.steps, state)
 
@@ -286,9 +289,9 @@ class Trainer:
         self._progress = _Progress(**state["progress"])
         if isinstance(loader, Stateful) and state["loader"] is not None:
             loader.load_state_dict(state["loader"])
-        if self._scheduler is not None and state["scheduler"] is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
-        self.learner.load_state_dict(state["learner"])  # last: it sets the random generators
+        self.learner.load_state_dict(state["learner"])  # after the loader's: it sets the random generators
+        for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=False):
+            scheduler.load_state_dict(saved)
         self.run.rewind(step)
         return state["start_of_epoch"]
 

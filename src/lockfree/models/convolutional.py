@@ -1,6 +1,7 @@
 """Convolutional networks without skips: a small one for quick work, and VGG8B."""
 
 import itertools
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -33,6 +34,45 @@ def cnn(input_shape: tuple[int, int, int], classes: int) -> nn.Sequential:
         nn.Sequential(*_convolution(below, above), nn.ReLU(), nn.MaxPool2d(2)) for below, above in itertools.pairwise(channels)
     ]
     return nn.Sequential(*blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes)))
+
+
+def pooled_cnn(input_shape: tuple[int, int, int], classes: int, *, channels: Sequence[int] = (128, 128, 128)) -> nn.Sequential:
+    """Wide convolutions with a pooling after each: the network of the paper on synthetic gradients, of any depth.
+
+    Each block is a 5x5 convolution, batch normalisation, ReLU and a 3x3 pooling of stride 2 (maximum in the first, mean in the
+    rest) that halves height and width, rounding up; then the classifier.
+
+    Args:
+        input_shape: (channels, height, width) of a sample.
+        classes: How many class scores come out.
+        channels: Of each block, one or more.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> import torch
+        >>> pooled_cnn((1, 28, 28), 10, channels=(8, 8))(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
+
+    Reference:
+        Jaderberg et al. 2016, "Decoupled neural interfaces using synthetic gradients", arXiv 1608.05343, appendix.
+    """
+    check_shape("pooled_cnn", input_shape, classes)
+    if not channels or any(units < 1 for units in channels):
+        raise ValueError(f"pooled_cnn: expected blocks of 1 channel or more, got {tuple(channels)}")
+    below, height, width = input_shape
+    blocks: list[nn.Module] = []
+    for above in channels:
+        pool = nn.AvgPool2d(3, 2, padding=1) if blocks else nn.MaxPool2d(3, 2, padding=1)
+        # The normalisation takes the mean off again, so a bias before it would never learn.
+        convolution = nn.Conv2d(below, above, 5, padding=2, bias=False)
+        blocks.append(nn.Sequential(convolution, nn.BatchNorm2d(above), nn.ReLU(), pool))
+        below, height, width = above, (height + 1) // 2, (width + 1) // 2
+    return nn.Sequential(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(below * height * width, classes)))
 
 
 def vgg8b(input_shape: tuple[int, int, int], classes: int) -> nn.Sequential:

@@ -29,7 +29,8 @@ class SyntheticGradients(Rule):
     detached outputs, and its last layer starts at zero, so that training starts as if the blocks below were frozen.
 
     Attributes:
-        conditioned: Whether M also sees the label c (then the block needs TARGET, else NOTHING).
+        conditioned: Whether M also sees the label c (then the block needs TARGET, else NOTHING): class numbers as one-hot rows,
+            real-valued targets of the model's output's shape (bits, a regression) as they are.
         per_class: Whether each class has a synthesiser of its own, instead of the label among its inputs.
         form: What M is: "gradient", a network that puts the gradient out; "gaussian", one that puts out its mean and scale;
             "critic", one that predicts the loss and is differentiated; "sobolev", a critic whose derivative is fitted, too.
@@ -253,7 +254,7 @@ class SyntheticGradients(Rule):
         return loss
 
     def _predict(self, context: Context) -> list[Prediction]:
-        label = _one_hot(context) if self.conditioned else None
+        label = _labels(context) if self.conditioned else None
         pairs = zip(_synthesisers(context), context.outputs, strict=True)
         return [network.predict(y, label, context.samples) for network, y in pairs]
 
@@ -286,16 +287,20 @@ def _synthesisers(context: Context) -> list[Synthesiser]:
     return list(cast("nn.ModuleList", context.auxiliary))  # pyrefly: ignore[bad-return]
 
 
-def _one_hot(context: Context) -> Tensor:
-    """Returns the batch's labels as one-hot rows, made once for all cells."""
-    if "one_hot" not in context.shared:
-        label = context.target
-        if not isinstance(label, Tensor) or label.dim() != 1 or label.is_floating_point():
+def _labels(context: Context) -> Tensor:
+    """Returns what conditioning shows of the batch's targets, made once for all cells: one-hot rows, or real-valued targets."""
+    if "labels" not in context.shared:
+        target, width = context.target, _synthesisers(context)[0].classes
+        if isinstance(target, Tensor) and target.is_floating_point() and target.shape == (context.samples, width):
+            context.shared["labels"] = target
+        elif isinstance(target, Tensor) and not target.is_floating_point() and target.dim() == 1:
+            number = target.long()[:, None]
+            zeros = context.outputs[0].new_zeros(len(number), width)
+            # A negative number is one that the loss ignores; it has no class.
+            context.shared["labels"] = zeros.scatter_(1, number.clamp_min(0), (number >= 0).to(zeros.dtype))
+        else:
             raise ValueError(
-                f"a label-conditioned synthesiser needs class numbers of shape (batch,), the targets are {describe(label)}"
+                f"a label-conditioned synthesiser needs class numbers of shape (batch,), or targets like the model's output "
+                f"(batch, {width}), the targets are {describe(target)}"
             )
-        label = label.long()[:, None]
-        zeros = context.outputs[0].new_zeros(len(label), _synthesisers(context)[0].classes)
-        # A negative label is one that the loss ignores; it has no class.
-        context.shared["one_hot"] = zeros.scatter_(1, label.clamp_min(0), (label >= 0).to(zeros.dtype))
-    return context.shared["one_hot"]
+    return context.shared["labels"]

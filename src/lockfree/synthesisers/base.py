@@ -45,7 +45,7 @@ class Prediction:
 
 
 class Synthesiser(nn.Module, ABC):
-    """Predicts the gradient of the loss with respect to y, from y and optionally the label c (a one-hot row).
+    """Predicts the gradient of the loss with respect to y, from y and optionally the label c (a one-hot row, or real numbers).
 
     It works on the scale of one sample's loss; what goes in and out of `predict` and `learn` is on that of the batch's mean loss.
 
@@ -66,7 +66,7 @@ class Synthesiser(nn.Module, ABC):
 
         Args:
             y: A block's output, shape (m, ...), detached.
-            label: One-hot rows, shape (m, classes), or ``None``.
+            label: One-hot rows or real-valued targets, shape (m, classes), or ``None``.
             samples: m.
         """
 

@@ -1,0 +1,21 @@
+"""Experiments of papers, and our own: one function each, one line each here; `lockfree reproduce NAME` runs one."""
+
+from collections.abc import Callable
+
+from lockfree.recipes.critics import sobolev_critics
+from lockfree.recipes.gradient_noise import dni_noise
+from lockfree.recipes.jaderberg2016 import dni_sparse_updates, dni_table1, dni_unlocked
+from lockfree.recipes.recipe import Recipe
+from lockfree.recipes.run import run
+from lockfree.recipes.trial import Trial
+
+RECIPES: dict[str, Callable[[str], Recipe]] = {
+    "dni-table1": dni_table1,
+    "dni-sparse-updates": dni_sparse_updates,
+    "dni-unlocked": dni_unlocked,
+    "dni-noise": dni_noise,
+    "sobolev-critics": sobolev_critics,
+}
+"""Every recipe by its command-line name; it takes a budget: smoke, small or full."""
+
+__all__ = ["RECIPES", "Recipe", "Trial", "run"]

@@ -1,0 +1,169 @@
+"""A paper's experiment as a list of trials, and what is made of their results: a table, a plot, a JSON file."""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockfree.recipes.trial import Trial
+from lockfree.run import Run, version
+
+Key = tuple[str, float, str]
+"""(panel, x, series): one entry of a recipe's table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An experiment: what to run, what a paper found, and how to show it.
+
+    Attributes:
+        name: Command-line name.
+        title: What it shows, in words.
+        reference: Whose experiment it is.
+        budget: smoke, small or full.
+        scope: What this budget trains on and for how long, in a sentence.
+        trials: What to run.
+        x_label: What the horizontal axis is.
+        log_x: Whether it is logarithmic.
+        paper: Test error in per cent that the paper gives, where there is one.
+        source: Where those numbers come from.
+    """
+
+    name: str
+    title: str
+    reference: str
+    budget: str
+    scope: str
+    trials: Sequence[Trial]
+    x_label: str
+    log_x: bool = False
+    paper: Mapping[Key, float] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        names = [trial.name for trial in self.trials]
+        assert len(set(names)) == len(names), "two trials of a recipe share a folder"
+
+    def open(self, folder: Path) -> Run:
+        """Makes the recipe's folder, or opens the one that a stopped run left.
+
+        Raises:
+            ValueError: If the folder holds something else.
+        """
+        config = {"recipe": self.name, "budget": self.budget}
+        if not (folder / "config.json").exists():
+            return Run.create(folder, config)
+        run = Run.open(folder)
+        if any(run.config.get(name) != value for name, value in config.items()):
+            raise ValueError(f"{folder} holds another run, not {self.name} with budget {self.budget}: choose another --out")
+        return run
+
+    # ---- what came out -------------------------------------------------------------------------------------------------------
+
+    def summary(self, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Gathers the results of the trials, by name, into what is written as JSON."""
+        entries = []
+        for key in self.keys():
+            found = [results[trial.name] for trial in self._of(key) if trial.name in results]
+            errors = [one["test_error"] for one in found]
+            panel, x, series = key
+            entries.append(
+                {
+                    "panel": panel,
+                    "x": x,
+                    "series": series,
+                    "seeds": [trial.seed for trial in self._of(key) if trial.name in results],
+                    "test_error": errors,
+                    "mean": statistics.fmean(errors) if errors else None,
+                    "sd": statistics.stdev(errors) if len(errors) > 1 else None,
+                    "train_error": [one["train_error"] for one in found],
+                    "seconds": [one["seconds"] for one in found],
+                    "paper": self.paper.get(key),
+                }
+            )
+        return {
+            "recipe": self.name,
+            "budget": self.budget,
+            "scope": self.scope,
+            "command": f"lockfree reproduce {self.name} --budget {self.budget}",
+            "reference": self.reference,
+            "paper_source": self.source,
+            "torch": torch.__version__,
+            "lockfree": version(),
+            "entries": entries,
+        }
+
+    def keys(self) -> list[Key]:
+        """Lists the entries of the table in the order of the trials."""
+        return list(dict.fromkeys((trial.panel, trial.x, trial.series) for trial in self.trials))
+
+    def _of(self, key: Key) -> list[Trial]:
+        return [trial for trial in self.trials if (trial.panel, trial.x, trial.series) == key]
+
+    def rows(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+        """Returns header and rows of the table: a row for each panel and x, a column for each method; ours (the paper's)."""
+        series = list(dict.fromkeys(entry["series"] for entry in summary["entries"]))
+        found = {(entry["panel"], entry["x"], entry["series"]): entry for entry in summary["entries"]}
+        places = list(dict.fromkeys((entry["panel"], entry["x"]) for entry in summary["entries"]))
+        rows = [[panel, f"{x:g}", *(_cell(found.get((panel, x, one))) for one in series)] for panel, x in places]
+        return ["", self.x_label, *series], rows
+
+    def plot(self, summary: Mapping[str, Any], path: Path) -> None:
+        """Draws test error against x, a panel each, a line for each method, dashed where the paper's numbers are."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        panels = list(dict.fromkeys(entry["panel"] for entry in summary["entries"]))
+        series = list(dict.fromkeys(entry["series"] for entry in summary["entries"]))
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
+        for panel, axis in zip(panels, axes[0], strict=True):
+            for index, one in enumerate(series):
+                points = [e for e in summary["entries"] if e["panel"] == panel and e["series"] == one and e["mean"] is not None]
+                if not points:
+                    continue
+                colour = f"C{index}"
+                x, mean = [e["x"] for e in points], [e["mean"] for e in points]
+                axis.errorbar(x, mean, [e["sd"] or 0 for e in points], color=colour, marker="o", ms=4, capsize=2, label=one)
+                paper = [(e["x"], e["paper"]) for e in points if e["paper"] is not None]
+                if paper:
+                    axis.plot(*zip(*paper, strict=True), color=colour, ls="--", lw=1, alpha=0.6)
+            axis.set(title=panel, xlabel=self.x_label, ylim=(0, None))
+            axis.set_xticks(sorted({e["x"] for e in summary["entries"] if e["panel"] == panel}))
+            if self.log_x:
+                axis.set_xscale("log")
+                ticks = sorted({e["x"] for e in summary["entries"] if e["panel"] == panel})
+                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                axis.minorticks_off()
+            axis.grid(alpha=0.25)
+        axes[0][0].set_ylabel("test error, %")
+        axes[0][0].legend(frameon=False, fontsize=8)
+        dashed = "; dashed: the paper, after 500,000 steps" if self.paper else ""
+        figure.suptitle(f"{self.title} ({self.budget}{dashed})", fontsize=10)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+    def write(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Writes ``results.json`` and ``plot.png`` into the folder and returns the summary."""
+        summary = self.summary(results)
+        (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
+        self.plot(summary, folder / "plot.png")
+        return summary
+
+
+def _cell(entry: Mapping[str, Any] | None) -> str:
+    if entry is None or entry["mean"] is None:
+        return "-"
+    spread = f" ± {entry['sd']:.2f}" if entry["sd"] is not None else ""
+    paper = f" ({entry['paper']:g})" if entry["paper"] is not None else ""
+    return f"{entry['mean']:.2f}{spread}{paper}"
+
+
+def seeds(count: int) -> Iterator[int]:
+    """Yields 0, 1, ...: seeds are counted, never chosen."""
+    yield from range(count)
