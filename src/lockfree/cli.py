@@ -343,7 +343,7 @@ class Bench:
     """Measure speed, as ratios of things timed in turn in one process.
 
     Args:
-        name: Which benchmark: step.
+        name: Which benchmark: step or synthetic.
         json: Print one JSON object.
     """
 

@@ -464,7 +464,7 @@ def _make_cells(chain: Chain, rule: Rule, phases: Sequence[Phase], example_input
     count, plans = len(chain), [phase.schedule for phase in phases]
     places = [Place(index, count) for index in range(count)]
     # Exact credit needs no cut; the loss joins the top block unless its error is broadcast as well.
-    broadcast = any(Needs.ERROR in (*plan.needs, *plan.auxiliary) for plan in plans)
+    broadcast = rule.wants_sample_losses() or any(Needs.ERROR in (*plan.needs, *plan.auxiliary) for plan in plans)
     joins = [
         all(phase.rule.passes_on(place) and (place.top or phase.schedule.joins(place.index)) for phase in phases)
         and not (place.top and broadcast)

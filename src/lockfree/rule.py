@@ -149,7 +149,7 @@ class Context:
         shared: Scratch space of the batch, common to all its cells: what follows from inputs and targets alone is computed once.
         memo: Whatever `Rule.credit` wants to hand on to `Rule.learn`; ``None`` if the block took no credit for this batch.
         batch: Number of the batch; draws that depend on it alone are the same in every executor and after a resume.
-        sample_losses: Returns the loss of each sample, shape (batch,); only where the rule needs ERROR or more.
+        sample_losses: Returns the loss of each sample, shape (batch,); only where the rule wants it and needs ERROR or more.
     """
 
     place: Place
@@ -221,6 +221,10 @@ class Rule(ABC):
     def auxiliary_needs(self, place: Place) -> Needs | None:
         """What the auxiliary network must have received before *it* may learn; ``None`` if there is nothing that learns."""
         return None
+
+    def wants_sample_losses(self) -> bool:
+        """Whether auxiliary networks learn from the loss of each sample, `Context.sample_losses`."""
+        return False
 
     def clock(self, cells: int) -> Clock | None:
         """Says which of so many cells work on which batch; ``None``: all on all."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lockfree.bench.step import step
+from lockfree.bench.synthetic import synthetic
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"step": step}
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"step": step, "synthetic": synthetic}
 """Every benchmark by its command-line name."""

@@ -14,6 +14,7 @@ from lockfree import models
 from lockfree.bench.timing import interleaved, ratio
 from lockfree.experiment import OPTIMIZERS
 from lockfree.learner import OptimizerFactory, convert
+from lockfree.rule import Rule
 
 _BATCH, _CLASSES = 256, 10
 
@@ -50,8 +51,8 @@ def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, 
     found: dict[str, list[float]] = {name: [] for name in pairs}
     plain: dict[str, list[float]] = {"mlp": [], "cnn": []}
     for _, (name, (model, over, under, optimizer)) in itertools.product(range(repeats), pairs.items()):
-        make = _OPTIMIZERS[optimizer]
-        things = {"over": _learner_step(model, over, device, make), "under": _step_of(model, under, device, make)}
+        make = STEP_OPTIMIZERS[optimizer]
+        things = {"over": learner_step(model, over, device, make), "under": _step_of(model, under, device, make)}
         seconds = interleaved(things, rounds=rounds if model == "mlp" else max(rounds // 5, 5))
         found[name].append(ratio(seconds, "over", "under"))
         if under is None and optimizer == "fused":
@@ -62,6 +63,13 @@ def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, 
         **{f"plain_{model}_milliseconds": 1e3 * statistics.median(values) for model, values in plain.items()},
         "rounds": rounds,
         "repeats": repeats,
+        **machine(device),
+    }
+
+
+def machine(device: str) -> dict[str, object]:
+    """Says what a benchmark ran on."""
+    return {
         "threads": torch.get_num_threads(),
         "device": device,
         "torch": torch.__version__,
@@ -69,7 +77,7 @@ def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, 
     }
 
 
-def _batches(device: str) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+def batches(device: str) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
     """Many batches, so that none is learnt by heart: vanishing gradients are slow numbers on some processors."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(20, _BATCH, 1, 28, 28, generator=generator).to(device)
@@ -83,7 +91,7 @@ def _model(name: str, device: str) -> nn.Module:
     return models.build(name, input_shape=(1, 28, 28), classes=_CLASSES).to(device)
 
 
-_OPTIMIZERS: dict[str, OptimizerFactory] = {
+STEP_OPTIMIZERS: dict[str, OptimizerFactory] = {
     "fused": lambda parameters: OPTIMIZERS["adam"](parameters, lr=1e-3),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
     "sgd": lambda parameters: OPTIMIZERS["sgd"](parameters, lr=1e-3),
@@ -91,11 +99,12 @@ _OPTIMIZERS: dict[str, OptimizerFactory] = {
 
 
 def _step_of(model: str, rule: str | None, device: str, make: OptimizerFactory) -> Callable[[], object]:
-    return _plain_step(model, device, make) if rule is None else _learner_step(model, rule, device, make)
+    return plain_step(model, device, make) if rule is None else learner_step(model, rule, device, make)
 
 
-def _plain_step(name: str, device: str, make: OptimizerFactory) -> Callable[[], object]:
-    model, batch = _model(name, device), _batches(device)
+def plain_step(name: str, device: str, make: OptimizerFactory) -> Callable[[], object]:
+    """Returns a function that does one step of a plain PyTorch loop on the next batch."""
+    model, batch = _model(name, device), batches(device)
     optimizer = make(list(model.parameters()))
 
     def run() -> float:
@@ -109,7 +118,8 @@ def _plain_step(name: str, device: str, make: OptimizerFactory) -> Callable[[], 
     return run
 
 
-def _learner_step(name: str, rule: str, device: str, make: OptimizerFactory) -> Callable[[], object]:
-    batch = _batches(device)
+def learner_step(name: str, rule: Rule | str, device: str, make: OptimizerFactory) -> Callable[[], object]:
+    """Returns a function that does one step of a learner on the next batch."""
+    batch = batches(device)
     learner = convert(_model(name, device), rule, loss=F.cross_entropy, optimizer=make, example_input=batch()[0][:2])
     return lambda: learner.step(*batch()).loss

@@ -60,9 +60,11 @@ class Assembly:
     auxiliary_optimizer: torch.optim.Optimizer | None
     flights: dict[int, Flight] = field(default_factory=dict)
 
-    def sample_losses(self, batch: int) -> Callable[[], Tensor]:
-        """Returns a function that gives the loss of each sample of a batch that has reached the top; worked out once."""
+    def sample_losses(self, batch: int) -> Callable[[], Tensor] | None:
+        """Returns what gives the loss of each sample of a batch, worked out once; ``None`` if it has not reached the top."""
         flight = self.flights[batch]
+        if flight.error is None:
+            return None
 
         def evaluate() -> Tensor:
             if "sample_losses" not in flight.shared:

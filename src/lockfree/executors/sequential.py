@@ -37,8 +37,7 @@ class Sequential(Executor):
             outcome.inputs[cell + 1, batch] = assembly.cells[cell + 1].learn_inputs_from(flight.inputs, made)
         if cell and assembly.cells[cell - 1].auxiliary_needs is not None:
             message = assembly.links[cell - 1].receive(batch)
-            sample_losses = None if flight.error is None else assembly.sample_losses(batch)
-            below = assembly.cells[cell - 1]
+            below, sample_losses = assembly.cells[cell - 1], assembly.sample_losses(batch)
             loss = below.learn_credit_at(batch, stand_in, flight.target, message, flight.error, sample_losses)
             if loss is not None:
                 outcome.auxiliary[cell - 1, batch] = loss
@@ -99,7 +98,7 @@ def _learn_auxiliary(assembly: Assembly, cell: Cell, batch: int, outcome: Outcom
     # A block that needs the message itself has taken it, and has it at hand.
     needs = cell.auxiliary_needs if cell.needs < Needs.ABOVE else min(cell.auxiliary_needs or Needs.NOTHING, Needs.ERROR)
     above, error = _credit_for(assembly, cell, needs, batch)
-    loss = cell.learn_auxiliary(batch, above, error, None if error is None else assembly.sample_losses(batch))
+    loss = cell.learn_auxiliary(batch, above, error, assembly.sample_losses(batch) if cell.rule.wants_sample_losses() else None)
     if loss is not None:
         outcome.auxiliary[cell.place.index, batch] = loss
 

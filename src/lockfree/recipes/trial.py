@@ -21,10 +21,10 @@ FROZEN = "frozen"
 """The method that trains the last block alone, by backpropagation: "no backprop" in the literature."""
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "fcn": lambda shape, classes, layers, units: models.mlp(shape, classes, hidden=(units,) * layers),
-    "cnn": lambda shape, classes, layers, units: models.pooled_cnn(shape, classes, channels=(units,) * layers),
+    "fcn": lambda shape, classes, layers, units: models.mlp(shape, classes, hidden=(units,) * (layers - 1)),
+    "cnn": lambda shape, classes, layers, units: models.pooled_cnn(shape, classes, channels=(units,) * (layers - 1)),
 }
-"""Networks of any depth by name; ``layers`` hidden blocks of ``units`` each, then the classifier."""
+"""Networks of any depth by name: so many layers, the classifier among them, the others ``units`` wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Trial:
         data: Data set.
         samples: Training images to use, from the first; ``None`` for all.
         network: "fcn" or "cnn".
-        layers: Hidden blocks, 1 or more.
-        units: Width of each.
+        layers: Blocks, the classifier among them, 2 or more.
+        units: Width of all but the classifier.
         rule: Command-line name of the rule, or "frozen".
         fields: Its hyperparameters.
         steps: Batches to learn from, 1 or more; rounded up to whole epochs.

@@ -37,6 +37,8 @@ class SyntheticGradients(Rule):
         hidden_layers: Hidden layers of M, 0 (linear) or more; each is affine, batch normalisation, ReLU. A critic needs 1.
         hidden_units: Width of a hidden layer (channels where the block's output is an image).
         kernel_size: Odd width of M's convolutions where the block's output is an image.
+        matching: Weight, 0 or more, of a Sobolev critic's derivative against its value; squared gradients are much smaller numbers
+            than squared losses.
         synthesiser: Your own M instead: a module, copied for each border, or a function of (an example of the output, number of
             classes to condition on, 0 for none) that returns one. It maps y, or (y, one-hot label), to a tensor of y's shape.
         borders: Blocks that get a synthesiser, 0 at the bottom; ``None`` for all but the last. The others wait for the block
@@ -76,6 +78,7 @@ class SyntheticGradients(Rule):
     hidden_layers: int = 0
     hidden_units: int = 256
     kernel_size: int = 5
+    matching: float = 100.0
     synthesiser: nn.Module | Callable[[Tensor, int], nn.Module] | None = field(default=None, repr=False, compare=False)
     borders: tuple[int, ...] | None = None
     learning_rate: float | None = None
@@ -146,6 +149,9 @@ class SyntheticGradients(Rule):
     def auxiliary_needs(self, place: Place) -> Needs | None:
         return FORMS[self.form].needs if self._synthesises(place) else None
 
+    def wants_sample_losses(self) -> bool:
+        return FORMS[self.form].values
+
     def synthesises_inputs(self, place: Place) -> bool:
         return self.synthetic_inputs and place.index > 0 and self._synthesises(Place(place.index - 1, place.count))
 
@@ -208,6 +214,7 @@ class SyntheticGradients(Rule):
             hidden_layers=self.hidden_layers,
             hidden_units=self.hidden_units,
             kernel_size=self.kernel_size,
+            matching=self.matching,
         )
 
     def _classes(self, site: Site) -> int:
@@ -219,7 +226,9 @@ class SyntheticGradients(Rule):
         return site.scores.shape[1]
 
     def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        rate = (1e-3 if self.conditioned else 3e-2) if self.learning_rate is None else self.learning_rate
+        rate = self.learning_rate
+        if rate is None:
+            rate = FORMS[self.form].learning_rate or (1e-3 if self.conditioned else 3e-2)
         return torch.optim.Adam(parameters, lr=rate, fused=True)
 
     # ---- learning ------------------------------------------------------------------------------------------------------------
@@ -274,6 +283,7 @@ _LEAST = {
     "hidden_layers": 0,
     "hidden_units": 1,
     "kernel_size": 1,
+    "matching": 0,
     "block_every": 1,
     "synthesiser_every": 1,
     "warm_up": 0,

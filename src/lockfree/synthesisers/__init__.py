@@ -21,17 +21,21 @@ class Form:
     Attributes:
         build: Makes one for an example of the block's output.
         needs: What it must have received before it may learn.
+        values: Whether it learns from the losses of samples.
+        learning_rate: Default of its Adam; ``None``: by conditioning.
     """
 
     build: Callable[[Tensor, Design], Synthesiser]
     needs: Needs
+    values: bool = False
+    learning_rate: float | None = None
 
 
 FORMS: dict[str, Form] = {
     "gradient": Form(gradient_network, Needs.ABOVE),
     "gaussian": Form(GaussianSynthesiser, Needs.ABOVE),
-    "critic": Form(partial(CriticSynthesiser, matching=0.0), Needs.ERROR),
-    "sobolev": Form(partial(CriticSynthesiser, matching=1.0), Needs.ABOVE),
+    "critic": Form(partial(CriticSynthesiser, sobolev=False), Needs.ERROR, values=True, learning_rate=1e-2),
+    "sobolev": Form(partial(CriticSynthesiser, sobolev=True), Needs.ABOVE, values=True, learning_rate=3e-3),
 }
 """Every form of synthesiser by the name that `lockfree.rules.SyntheticGradients` takes."""
 

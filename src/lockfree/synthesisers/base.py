@@ -20,6 +20,7 @@ class Design:
         hidden_layers: Hidden layers, 0 or more.
         hidden_units: Their width (channels on images), 1 or more.
         kernel_size: Odd width of convolutions on images.
+        matching: Weight of derivatives against values in Sobolev training, 0 or more.
     """
 
     classes: int = 0
@@ -27,6 +28,7 @@ class Design:
     hidden_layers: int = 0
     hidden_units: int = 256
     kernel_size: int = 5
+    matching: float = 100.0
 
 
 @dataclass(slots=True)

@@ -17,11 +17,13 @@ class CriticSynthesiser(Synthesiser):
         + \frac{\beta}{2m}\sum_n \lVert \partial v/\partial y_n - m\delta_n \rVert^2$$
 
     With $\beta = 0$ it fits values alone; with $\beta > 0$ derivatives too (Sobolev training), those that the block above reports.
+    The hidden layers have a smooth activation, softplus, since what is consumed is a derivative, and no normalisation, which would
+    make a sample's value depend on the others.
 
     Args:
         like: An example of y.
-        design: 1 or more hidden layers.
-        matching: $\beta$, 0 or more.
+        design: 1 or more hidden layers; $\beta$ is its ``matching``.
+        sobolev: Whether derivatives are fitted, too; if not, $\beta$ is 0.
 
     Raises:
         ValueError: If there is no hidden layer: an affine value has the same gradient everywhere.
@@ -30,13 +32,13 @@ class CriticSynthesiser(Synthesiser):
         Czarnecki, Osindero, Jaderberg, Swirszcz, Pascanu 2017, "Sobolev training for neural networks", arXiv 1706.04859.
     """
 
-    def __init__(self, like: Tensor, design: Design, matching: float) -> None:
+    def __init__(self, like: Tensor, design: Design, *, sobolev: bool) -> None:
         super().__init__(design.classes)
         if not design.hidden_layers:
             raise ValueError(
                 "hidden_layers=0: an affine critic has the same gradient at every output; give it a hidden layer, hidden_layers=1"
             )
-        self.matching = matching
+        self.matching = design.matching if sobolev else 0.0
         per_class = design.per_class and design.classes
         self.networks = nn.ModuleList(_value_network(like, design) for _ in range(design.classes if per_class else 1))
         self.per_class = bool(per_class)
@@ -75,8 +77,8 @@ class CriticSynthesiser(Synthesiser):
 def _value_network(like: Tensor, design: Design) -> nn.Module:
     classes = 0 if design.per_class else design.classes
     if like.dim() == 4:
-        hidden, width = convolutional_layers(like, design, like.shape[1] + classes, normalise=False)
+        hidden, width = convolutional_layers(like, design, like.shape[1] + classes, smooth=True)
         hidden += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     else:
-        hidden, width = dense_layers(like, design, like.shape[-1] + classes, normalise=False)
+        hidden, width = dense_layers(like, design, like.shape[-1] + classes, smooth=True)
     return nn.Sequential(*hidden, zero(nn.Linear(width, 1, dtype=like.dtype, device=like.device)))

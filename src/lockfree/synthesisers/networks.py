@@ -190,26 +190,29 @@ class ModuleSynthesiser(GradientSynthesiser):
 # ---- layers ------------------------------------------------------------------------------------------------------------------
 
 
-def dense_layers(like: Tensor, design: Design, into: int, *, normalise: bool = True) -> tuple[list[nn.Module], int]:
-    """Returns the hidden layers on (m, d) or (m, t, d), and the width of what comes out of them."""
+def dense_layers(like: Tensor, design: Design, into: int, *, smooth: bool = False) -> tuple[list[nn.Module], int]:
+    """Returns the hidden layers on (m, d) or (m, t, d), and the width of what comes out of them.
+
+    Each is affine, batch normalisation, ReLU; if they are to be smooth functions of each sample alone, affine and softplus.
+    """
     place = {"dtype": like.dtype, "device": like.device}
     layers: list[nn.Module] = []
     widths = [into] + [design.hidden_units] * design.hidden_layers
     for below, above in itertools.pairwise(widths):
         layers += [nn.Linear(below, above, **place)]
-        layers += [nn.BatchNorm1d(above, **place)] if normalise and like.dim() == 2 else []
-        layers += [nn.ReLU()]
+        layers += [nn.BatchNorm1d(above, **place)] if like.dim() == 2 and not smooth else []
+        layers += [nn.Softplus() if smooth else nn.ReLU()]
     return layers, widths[-1]
 
 
-def convolutional_layers(like: Tensor, design: Design, into: int, *, normalise: bool = True) -> tuple[list[nn.Module], int]:
-    """Returns the hidden layers on (m, channels, h, w), and the channels of what comes out of them."""
+def convolutional_layers(like: Tensor, design: Design, into: int, *, smooth: bool = False) -> tuple[list[nn.Module], int]:
+    """Returns the hidden layers on (m, channels, h, w), and the channels of what comes out of them; see `dense_layers`."""
     layers: list[nn.Module] = []
     widths = [into] + [design.hidden_units] * design.hidden_layers
     for below, above in itertools.pairwise(widths):
         layers += [convolution(like, below, above, design.kernel_size)]
-        layers += [nn.BatchNorm2d(above, dtype=like.dtype, device=like.device)] if normalise else []
-        layers += [nn.ReLU()]
+        layers += [] if smooth else [nn.BatchNorm2d(above, dtype=like.dtype, device=like.device)]
+        layers += [nn.Softplus() if smooth else nn.ReLU()]
     return layers, widths[-1]
 
 
