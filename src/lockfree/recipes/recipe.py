@@ -12,7 +12,7 @@ import torch
 from lockfree.recipes.trial import Trial
 from lockfree.run import Run, version
 
-Key = tuple[str, float, str]
+Key = tuple[str, float | int, str]
 """(panel, x, series): one entry of a recipe's table."""
 
 

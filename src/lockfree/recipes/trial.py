@@ -51,7 +51,7 @@ class Trial:
 
     panel: str
     series: str
-    x: float
+    x: float | int
     seed: int
     data: str
     samples: int | None = None
