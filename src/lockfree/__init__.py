@@ -3,13 +3,13 @@
 `convert` turns any PyTorch model and a rule into a learner; `Trainer` runs it over data.
 """
 
-from lockfree import data, models, rules
+from lockfree import data, models, rules, synthesisers
 from lockfree.chain import Block, Chain
 from lockfree.cut import CannotCutError
 from lockfree.learner import Learner, StepResult, convert
 from lockfree.link import Link
 from lockfree.objective import Diverged
-from lockfree.rule import Card, Context, Needs, Place, Rule, Site
+from lockfree.rule import Card, Clock, Context, Needs, Pace, Place, Rule, Site
 from lockfree.run import Run, version
 from lockfree.schedule import Action, Kind, Schedule
 from lockfree.trainer import Evaluation, Summary, Trainer, evaluate
@@ -22,6 +22,7 @@ __all__ = [
     "CannotCutError",
     "Card",
     "Chain",
+    "Clock",
     "Context",
     "Diverged",
     "Evaluation",
@@ -29,6 +30,7 @@ __all__ = [
     "Learner",
     "Link",
     "Needs",
+    "Pace",
     "Place",
     "Rule",
     "Run",
@@ -42,4 +44,5 @@ __all__ = [
     "evaluate",
     "models",
     "rules",
+    "synthesisers",
 ]

@@ -13,6 +13,12 @@ _TRAINING: dict[str, Mapping[str, Any]] = {
     "full": {"steps": 50_000, "units": 256},
 }
 
+_DATA = {
+    "smoke": {"MNIST FCN": "mnist"},
+    "small": {"MNIST FCN": "mnist"},
+    "full": {"MNIST FCN": "mnist", "CIFAR-10 FCN": "cifar10"},
+}
+
 _HIDDEN = {"conditioned": True, "hidden_layers": 1}
 _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "no backprop": (FROZEN, {}),
@@ -24,15 +30,15 @@ _METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def sobolev_critics(budget: str) -> Recipe:
-    """Test error of the forms of synthesiser: gradient, critic of the loss, critic with Sobolev training; FCN on MNIST and CIFAR-10.
+    """Test error by form: gradient, critic of the loss, critic with Sobolev training; FCN on MNIST (full: and CIFAR-10).
 
     Args:
         budget: smoke, small or full.
     """
     training = choose(_TRAINING, budget, "budget")
     trials = [
-        Trial(panel=panel, series=method, x=3, seed=seed, data=data, layers=3, rule=rule, fields=fields, **training)
-        for panel, data in (("MNIST FCN", "mnist"), ("CIFAR-10 FCN", "cifar10"))
+        Trial(panel=panel, series=method, x=4, seed=seed, data=data, layers=4, rule=rule, fields=fields, **training)
+        for panel, data in _DATA[budget].items()
         for method, (rule, fields) in _METHODS.items()
         for seed in seeds(1 if budget == "smoke" else 3)
     ]
@@ -42,7 +48,7 @@ def sobolev_critics(budget: str) -> Recipe:
         reference="Czarnecki, Osindero, Jaderberg, Swirszcz, Pascanu 2017, Sobolev training for neural networks, arXiv 1706.04859; "
         "its table 3 is on deep convolutional networks, which these are not",
         budget=budget,
-        scope=f"3 layers of {training['units']}, one hidden layer in each synthesiser",
+        scope=f"4 layers of {training['units']}, one hidden layer in each synthesiser",
         trials=trials,
         x_label="layers",
     )

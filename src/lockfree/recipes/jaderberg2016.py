@@ -216,7 +216,7 @@ def dni_sparse_updates(budget: str) -> Recipe:
     """
     size = choose(_SIZES, budget, "budget")
     # At 0.05 a block learns from one batch in twenty, so the small budget is longer here.
-    training: Mapping[str, Any] = {**size.training, "steps": 5875} if budget == "small" else size.training
+    training: Mapping[str, Any] = {**size.training, "steps": 4700} if budget == "small" else size.training
     trials = [
         Trial(
             panel="MNIST FCN",
@@ -264,21 +264,19 @@ def dni_unlocked(budget: str) -> Recipe:
         "DNI": ("dni", {**hidden, **rate}),
         "DNI, unlocked": ("dni", {**hidden, **rate, "synthetic_inputs": True}),
     }
-    depths = (3, 4) if budget == "small" else (size.layers,)
     trials = [
         Trial(
             panel="MNIST FCN",
             series=method,
-            x=layers,
+            x=size.layers,
             seed=seed,
             data="mnist",
-            layers=layers,
+            layers=size.layers,
             units=size.units,
             rule=rule,
             fields=fields,
             **size.training,
         )
-        for layers in depths
         for method, (rule, fields) in methods.items()
         for seed in seeds(size.seeds)
     ]
