@@ -95,19 +95,16 @@ def backprop_step(layers, x, target):
 
 # ---- Synthetic gradients: every layer guesses its gradient and learns at once ------------------------------------------------
 # The first layer was done with the batch long ago, but had to keep it in memory until word came down from the top. What if it
-# could tell by itself what word will come? A second, tiny network, the synthesiser, guesses the gradient from what the layer has
-# at hand. The layer learns from the guess. When the word does come, it is the synthesiser that learns from it, to guess better.
+# could tell by itself what word will come? A second, tiny network, the synthesiser, guesses the gradient from what is at hand.
+# The layer learns from the guess at once. When the word does come, the synthesiser learns from it, to guess better next time.
 
 
 class DecoupledLayer(Layer):
-    """A layer with a synthesiser: a linear map from (output, hint, 1) to a guess of the loss's gradient at the output.
-
-    The hint is the true bits of the sum, or nothing if ``hint_bits`` is 0.
-    """
+    """A layer with a synthesiser: a linear map from (output, hint, 1) to a guess of the loss's gradient at the output."""
 
     def __init__(self, inputs, outputs, rng, hint_bits):
         super().__init__(inputs, outputs, rng)
-        self.hint_bits = hint_bits
+        self.hint_bits = hint_bits  # the hint is the true bits of the sum, or nothing: 0
         # It starts at zero: better no guess than a random one. The layer keeps still until there is something to go by.
         self.synthesiser = np.zeros((outputs + hint_bits + 1, outputs))
 
@@ -132,10 +129,7 @@ class DecoupledLayer(Layer):
 
 
 def decoupled_step(layers, x, target, rate=SYNTHESISER_RATE):
-    """Learns from one batch; by the time a layer learns, those above it have not even seen the batch.
-
-    That they run one after another here is for want of more computers: no layer ever waits for word from above.
-    """
+    """Learns from one batch; when a layer learns, those above it have not even seen the batch."""
     *decoupled, last = layers
     messages = []
     for layer in decoupled:
@@ -212,10 +206,9 @@ def main(seed=0, epochs=200):
     return results
 
 
-# The true bits are a hint in training only: when the network adds, nobody guesses a gradient. That line four comes out above
-# line one is this task's doing. Both know all training pairs by heart; on images backpropagation is ahead (README.md).
-#
-# The same lesson in ten lines of lockfree, for any PyTorch model: binary_addition_lockfree.py, beside this file.
+# The true bits are a hint in training only: a network that adds needs no gradient. That the last line may beat the first means
+# little: both know all training pairs by heart, and with another loss and another optimizer backpropagation is ahead. See
+# the same lesson in ten lines of lockfree, for any PyTorch model: binary_addition_lockfree.py, beside this file.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Learn to add binary numbers, with and without waiting for the gradient.")

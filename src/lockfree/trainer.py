@@ -228,7 +228,11 @@ class Trainer:
         values: dict[str, Any] = {"step": self.learner.steps, "epoch": self._progress.epoch + 1, "loss": result.loss}
         logged = self.learner.steps % self._log_every == 0
         if logged and result.auxiliary:
-            values["auxiliary_loss"] = [result.auxiliary[cell].item() for cell in sorted(result.auxiliary)]
+            learning = [cell.place.index for cell in self.learner.cells if cell.auxiliary_needs is not None]
+            found = [result.auxiliary.get(index) for index in learning]  # None: it had nothing to learn from this batch
+            values["auxiliary_loss"] = [None if loss is None else loss.item() for loss in found]
+        if logged and result.inputs:
+            values["input_loss"] = [result.inputs[index].item() for index in sorted(result.inputs)]
         self._tell("step", values, write=logged)
         return result.loss
 
