@@ -93,6 +93,12 @@ def test_a_trial_that_was_stopped_goes_on_bit_identically(tmp_path, monkeypatch)
     assert again["steps"] == whole["steps"] >= 120
 
 
+def test_a_folder_with_other_settings_is_not_taken_for_this_trial(tmp_path):
+    TINY.run(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"holds a trial with units=16, not 8: choose another --out, or delete it"):
+        replace(TINY, units=8).run(tmp_path / "a")
+
+
 def test_without_backprop_only_the_last_block_learns():
     dataset = load_once("digits", "cpu")
     learner = replace(TINY, rule="frozen").learner(dataset)

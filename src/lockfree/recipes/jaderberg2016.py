@@ -57,6 +57,9 @@ def _convolutional(channels: int, layers: int, **more: Any) -> dict[str, dict[st
     return {name: {"hidden_layers": layers, "hidden_units": channels, **more} for name in ("DNI", "cDNI")}
 
 
+# Without the label, 0.001 did better than the default on another seed (training images: 5.0 against 9.4 % error).
+_SMALL_CONVOLUTIONS = _convolutional(16, 1)
+_SMALL_CONVOLUTIONS["DNI"]["learning_rate"] = 1e-3
 _SMALL_CNN = {"samples": 10_000, "batch_size": 64, "steps": 1570}
 
 _TABLE1: dict[str, dict[str, _Part]] = {
@@ -80,11 +83,11 @@ _TABLE1: dict[str, dict[str, _Part]] = {
             training={"steps": 980},
         ),
         "MNIST CNN": _Part(
-            data="mnist", network="cnn", layers=(3, 4), units=16, seeds=1, synthesisers=_convolutional(16, 1),
+            data="mnist", network="cnn", layers=(3, 4), units=16, seeds=1, synthesisers=_SMALL_CONVOLUTIONS,
             training=_SMALL_CNN,
         ),
         "CIFAR-10 CNN": _Part(
-            data="cifar10", network="cnn", layers=(3, 4), units=16, seeds=1, synthesisers=_convolutional(16, 1),
+            data="cifar10", network="cnn", layers=(3, 4), units=16, seeds=1, synthesisers=_SMALL_CONVOLUTIONS,
             training=_SMALL_CNN,
         ),
     },

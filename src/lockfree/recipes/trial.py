@@ -1,5 +1,6 @@
 """One training run of a recipe."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -93,9 +94,18 @@ class Trial:
         Args:
             folder: Run folder of the trial.
             device: Where to train.
+
+        Raises:
+            ValueError: If the folder holds a trial with other settings.
         """
+        settings = json.loads(json.dumps(asdict(self)))
         resume = (folder / "config.json").exists()
-        run = Run.open(folder) if resume else Run.create(folder, asdict(self))
+        run = Run.open(folder) if resume else Run.create(folder, settings)
+        for name, value in settings.items():
+            if run.config.get(name) != value:
+                raise ValueError(
+                    f"{folder} holds a trial with {name}={run.config.get(name)}, not {value}: choose another --out, or delete it"
+                )
         if run.result is not None:
             return run.result
         dataset = load_once(self.data, device)
