@@ -28,16 +28,20 @@ class RuleCase:
         make: Makes the rule.
         locks: What must be derived from its needs on four blocks.
         refuses: Models that it says, by a `ValueError` at conversion, that it cannot serve.
+        moving: A batch on which every block of four learns, from a credit that is no longer zero.
     """
 
     name: str
     make: Callable[[], lf.Rule]
     locks: frozenset[str]
     refuses: tuple[str, ...] = ()
+    moving: int = 3
 
 
 ALL, UPDATE, FORWARD = frozenset({"forward", "update", "backward"}), frozenset({"forward", "update"}), frozenset({"forward"})
+FREE: frozenset[str] = frozenset()
 DNI = lf.rules.SyntheticGradients
+HIDDEN = {"hidden_layers": 1, "hidden_units": 8, "kernel_size": 3}
 
 RULES = (
     RuleCase(name="backprop", make=lf.rules.Backprop, locks=ALL),
@@ -50,6 +54,37 @@ RULES = (
         make=lambda: DNI(conditioned=True, hidden_layers=2, hidden_units=8, kernel_size=3),
         locks=FORWARD,
         refuses=("gpt", "tied"),
+    ),
+    RuleCase(name="dni-sparse", make=lambda: DNI(update_probability=0.5, seed=357, learning_rate=0.01), locks=FORWARD),
+    RuleCase(
+        name="dni-clocked",
+        make=lambda: DNI(block_every=2, synthesiser_every=3, learning_rate=0.01),
+        locks=FORWARD,
+        moving=8,
+    ),
+    RuleCase(name="dni-mix", make=lambda: DNI(mix=0.3, learning_rate=0.01), locks=ALL),
+    RuleCase(name="dni-noise", make=lambda: DNI(noise=0.5, learning_rate=0.01), locks=FORWARD),
+    RuleCase(name="dni-gaussian", make=lambda: DNI(form="gaussian", noise=1.0, learning_rate=0.01), locks=FORWARD),
+    RuleCase(
+        name="cdni-per-class",
+        make=lambda: DNI(conditioned=True, per_class=True, **HIDDEN),
+        locks=FORWARD,
+        refuses=("gpt", "tied"),
+    ),
+    RuleCase(
+        name="cdni-critic", make=lambda: DNI(conditioned=True, form="critic", **HIDDEN), locks=FORWARD, refuses=("gpt", "tied")
+    ),
+    RuleCase(
+        name="cdni-sobolev",
+        make=lambda: DNI(conditioned=True, form="sobolev", matching=2.0, **HIDDEN),
+        locks=FORWARD,
+        refuses=("gpt", "tied"),
+    ),
+    RuleCase(
+        name="cdni-unlocked",
+        make=lambda: DNI(conditioned=True, synthetic_inputs=True, **HIDDEN),
+        locks=FREE,
+        refuses=("gpt", "tied", "dict"),
     ),
     RuleCase(name="fa", make=lf.rules.FeedbackAlignment, locks=ALL, refuses=("tied",)),
     RuleCase(name="dfa", make=lambda: lf.rules.DirectFeedbackAlignment(scale=0.5), locks=UPDATE),
@@ -101,7 +136,7 @@ CLASSES = 4
 Batch = tuple[Any, Tensor]
 
 
-def _class_loss(scores: Tensor, target: Tensor) -> Tensor:
+def class_loss(scores: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(scores, target)
 
 
@@ -146,7 +181,7 @@ class ModelCase:
     draw: Callable[[int, torch.Generator, torch.dtype], Batch] = field(repr=False)
     cuts: tuple[str, ...]
     blocks: int
-    loss: Callable[[Tensor, Tensor], Tensor] = field(default=_class_loss, repr=False)
+    loss: Callable[[Tensor, Tensor], Tensor] = field(default=class_loss, repr=False)
     samples: int = 8
 
     def build(self, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:

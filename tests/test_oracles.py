@@ -288,16 +288,29 @@ def test_labels_that_the_loss_ignores_do_not_break_a_conditioned_synthesiser():
     assert learner.step(x, y).loss > 0
 
 
-def test_targets_that_are_no_class_numbers_are_refused_by_a_conditioned_synthesiser():
+@pytest.mark.parametrize(
+    ("target", "loss"),
+    [
+        (torch.zeros(8, CLASSES + 1), lambda scores, target: F.mse_loss(scores, target[:, :-1])),
+        (torch.zeros(8), lambda scores, target: F.mse_loss(scores[:, 0], target)),
+        (torch.zeros(8, CLASSES, dtype=torch.int64), lambda scores, target: F.mse_loss(scores, target.float())),
+        ((torch.zeros(8, CLASSES), torch.zeros(8)), lambda scores, target: F.mse_loss(scores, target[0])),
+    ],
+    ids=["width", "no width", "whole bits", "tree"],
+)
+def test_targets_that_cannot_condition_are_refused_by_a_conditioned_synthesiser(target, loss):
+    """Neither class numbers nor real numbers of the shape of the model's output; nothing is learnt."""
     learner = lf.convert(
         nn.Sequential(nn.Linear(6, 5), nn.Linear(5, CLASSES)),
         "cdni",
-        loss=F.mse_loss,
+        loss=loss,
         optimizer=cases.sgd,
         example_input=torch.zeros(2, 6),
     )
-    with pytest.raises(ValueError, match="class"):
-        learner.step(torch.zeros(8, 6), torch.zeros(8, CLASSES))
+    before = learner.state_dict()
+    with pytest.raises(ValueError, match=r"^a label-conditioned synthesiser needs class numbers [^\n]*$"):
+        learner.step(torch.ones(8, 6), target)
+    assert_same(learner.state_dict(), before)
 
 
 # ---- feedback alignment ------------------------------------------------------------------------------------------------------

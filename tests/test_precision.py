@@ -1,11 +1,14 @@
 """Low precision by autocast, and double precision."""
 
+from dataclasses import replace
+
 import cases
 import pytest
 import torch
 from cases import MODELS, OPTIMIZERS, RULES, assert_same, learner_for
 
 import lockfree as lf
+from lockfree.schedule import Kind
 
 MLP = MODELS["mlp"]
 
@@ -85,11 +88,13 @@ def test_every_rule_trains_under_autocast(rule, schedule, model):
     (batch,) = case.batches(1, samples=16)
     before = cases.copy_of(learner.model)
     torch.manual_seed(3)
+    steps = 30 if rule.name == "dni-sparse" else 18  # until every block has learnt once what is not zero
     with autocast():
-        results = [learner.step(*batch) for _ in range(18)]
+        results = [learner.step(*batch) for _ in range(steps)]
         learner.drain()
     losses = [result.loss for result in results if result.batch is not None]
-    assert len(losses) == 18 - (case.blocks - 1 if schedule.schedule == "pipelined" else 0)
+    # Nobody waits for activations from below that runs on synthetic inputs.
+    assert len(losses) == steps - (case.blocks - 1 if schedule.schedule == "pipelined" and rule.locks else 0)
     assert torch.tensor(losses).isfinite().all()
     if model == "mlp":
         assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
@@ -97,11 +102,10 @@ def test_every_rule_trains_under_autocast(rule, schedule, model):
         assert parameter.dtype == torch.float32
         assert bool(parameter.isfinite().all())
         assert not torch.equal(parameter, before[name])
-    for cell in learner.cells:
-        if cell.auxiliary is not None:
-            for value in [*cell.auxiliary.parameters(), *cell.auxiliary.buffers()]:
-                assert value.dtype in (torch.float32, torch.int64)
-                assert bool(value.isfinite().all())
+    for network in [network for cell in learner.cells for network in (cell.auxiliary, cell.inputs) if network is not None]:
+        for value in [*network.parameters(), *network.buffers()]:
+            assert value.dtype in (torch.float32, torch.int64)
+            assert bool(value.isfinite().all())
 
 
 @pytest.mark.parametrize(("rule", "schedule"), PAIRS)
@@ -141,31 +145,45 @@ def test_resume_under_autocast_is_bit_identical(rule, schedule):
     assert_same(other.state_dict(), end)
 
 
+def gently(parameters):
+    """Descent at a rate at which a regression on whole images is stable."""
+    return torch.optim.SGD(parameters, lr=1e-3)
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn", "unet", "dict"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda row: row.name)
 def test_every_rule_keeps_double_precision(rule, model):
     """All of the state is float64, carries more digits than float32 has, and follows the float32 run."""
     case = MODELS[model]
+    if model in rule.refuses:
+        with pytest.raises(ValueError, match="one input tensor"):
+            learner_for(case, rule.make())
+        return
+    made = rule.make()
+    made = replace(made, noise=0.0) if getattr(made, "noise", 0) else made  # draws depend on the dtype
+    helper = gently if getattr(made, "synthetic_inputs", False) else cases.sgd
     double, single = (
-        learner_for(case, rule.make(), optimizer=cases.sgd, auxiliary_optimizer=cases.sgd, dtype=dtype)
+        learner_for(case, made, optimizer=cases.sgd, auxiliary_optimizer=helper, dtype=dtype)
         for dtype in (torch.float64, torch.float32)
     )
     for learner in (double, single):
         for module in learner.model.modules():
             if isinstance(module, torch.nn.modules.dropout._DropoutNd):
                 module.p = 0.0  # masks depend on the dtype, and so do random weights
-    for wide, narrow in zip(double.cells, single.cells, strict=True):
-        wide.block.load_state_dict(narrow.block.state_dict())
-        if wide.auxiliary is not None:
-            wide.auxiliary.load_state_dict(narrow.auxiliary.state_dict())
+    pairs = [
+        pair
+        for wide, narrow in zip(double.cells, single.cells, strict=True)
+        for pair in ((wide.block, narrow.block), (wide.auxiliary, narrow.auxiliary), (wide.inputs, narrow.inputs))
+        if pair[0] is not None
+    ]
+    for wide, narrow in pairs:
+        wide.load_state_dict(narrow.state_dict())
     for wide, narrow in zip(case.batches(4, dtype=torch.float64), case.batches(4), strict=True):
         assert double.step(*wide).loss == pytest.approx(single.step(*narrow).loss, rel=1e-4)
-    for wide, narrow in zip(double.cells, single.cells, strict=True):
-        for part, other in ((wide.block, narrow.block), (wide.auxiliary, narrow.auxiliary)):
-            if part is not None:
-                assert {value.dtype for value in part.state_dict().values()} <= {torch.float64, torch.int64}
-                torch.testing.assert_close(
-                    dict(part.state_dict()), dict(other.state_dict()), rtol=1e-3, atol=1e-4, check_dtype=False
-                )
-    # the top block learns from the first step on
-    assert all(not torch.equal(weight, weight.float().double()) for weight in double.cells[-1].block.parameters())
+    for part, other in pairs:
+        assert {value.dtype for value in part.state_dict().values()} <= {torch.float64, torch.int64}
+        torch.testing.assert_close(dict(part.state_dict()), dict(other.state_dict()), rtol=1e-3, atol=1e-4, check_dtype=False)
+    # the top block learns from the first step on, unless it rests
+    learnt = any(action.kind is Kind.LEARN and action.cell == len(double.cells) - 1 for action in double.schedule.actions(4))
+    assert learnt or rule.name == "dni-sparse"
+    assert {not torch.equal(weight, weight.float().double()) for weight in double.cells[-1].block.parameters()} == {learnt}

@@ -279,7 +279,7 @@ def test_a_single_run_has_tiles_and_no_ratios():
 def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match="got no entries"):
         render("None", [])
-    with pytest.raises(ValueError, match="timeline of dni has actions of kind 'B': use 'F', 'L' or 'A'"):
+    with pytest.raises(ValueError, match="timeline of dni has actions of kind 'B': use one of 'F', 'L', 'M', 'A', 'I'"):
         Entry(rule="dni", title="DNI", result={}, timeline=[Span(0, "B", 0, 0, 1)])
 
 

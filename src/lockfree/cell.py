@@ -32,7 +32,7 @@ class _Part:
             return run(), call
 
     def release(self, call: Call | None) -> None:
-        """Ends a call."""
+        """Ends a call, if there is one to be ended."""
         if self.stash is not None and call is not None:
             self.stash.release(call)
 
@@ -83,6 +83,7 @@ class Cell:
 
     Attributes:
         learnt: Whether (the block, an auxiliary network) has gathered gradients in this tick.
+        outputs_carry: `carrying` of an output, as the last one had it (or a rehearsal); ``None`` before there was any.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Cell:
         self.joined_below, self.joined_above = wiring.joined
         self.reports, self.learns_early = wiring.reports, wiring.learns_early
         self.learnt = [False, False]
+        self.outputs_carry: list[bool] | None = None
         self._parts = {
             "block": _Part(block, overlaps=Kind.LEARN in wiring.overlaps),
             "auxiliary": _Part(auxiliary, overlaps=Kind.AUXILIARY in wiring.overlaps),
@@ -137,15 +139,15 @@ class Cell:
         visit = self._open(batch, batch_size(inputs), target, shared, kinds)
         if self.inputs is not None:
             inputs = self._imagine(visit, inputs, None)
+        if self.inputs is not None and Kind.INPUT not in kinds:
+            visit.guess, visit.source = (), None
+            self._parts["inputs"].release(visit.input_call)
+            visit.input_call = None
         if not (self.reports or self.joined_below):
             inputs = detach(inputs)  # nobody asks for dL/dx, so autograd need not compute it
         visit.context.inputs = inputs
-        outputs = self._run_block(visit, None)
-        if not kinds & {Kind.LEARN, Kind.MESSAGE}:
-            visit.made = ()  # at rest: nobody will ask for a gradient
-            visit.context.inputs = None
-            self._parts["block"].release(visit.block_call)
-            visit.block_call = None
+        asked = Kind.LEARN in kinds or (Kind.MESSAGE in kinds and self.reports)
+        outputs = self._run_block(visit, None) if asked or self.outputs_carry is None else self._run_at_rest(visit)
         self._done(batch, Kind.FORWARD)
         return outputs
 
@@ -170,12 +172,22 @@ class Cell:
         made, visit.block_call = self._parts["block"].call(
             lambda: self.rule.run(self.block, self.auxiliary, context.inputs), again
         )
-        visit.made = carriers(made)
+        visit.made, self.outputs_carry = carriers(made), carrying(made)
         context.outputs = tuple(tensor.detach() for tensor in visit.made)
         if self.joined_above:
             return made
         # Whoever is above reads values that are cut off this graph, marked where they carry credit.
         return as_leaves(detach(made), made)
+
+    def _run_at_rest(self, visit: _Visit) -> Values:
+        """Runs the block where nobody will ask for a gradient, so that none of its graph need be kept."""
+        context = visit.context
+        with torch.no_grad():
+            made = self.rule.run(self.block, self.auxiliary, context.inputs)
+        outputs = mark(detach(made), self.outputs_carry or [])
+        context.outputs = tuple(tensor.detach() for tensor in carriers(outputs))
+        context.inputs = None
+        return outputs
 
     def learn(self, batch: int, above: Credit | None, error: Credit | None, kind: Kind = Kind.LEARN) -> Credit | None:
         """L or M: takes the credit of one batch, and returns dL/dx (``None``: not yet). In L the block gathers its gradients."""
@@ -186,9 +198,9 @@ class Cell:
             credit = above
             learnt = True
         else:
-            with full_precision(_device_type(visit.made)):
+            with full_precision(_device_type(context.outputs)):
                 credit, visit.auxiliary_call = self._credit(visit, None)
-                if credit is not None:
+                if credit is not None and visit.made:
                     _backward(visit.made, credit, None if kind is Kind.LEARN else carriers(context.inputs))
             learnt = credit is not None
         self.learnt[0] = learnt and kind is Kind.LEARN
@@ -196,6 +208,9 @@ class Cell:
         visit.made, context.inputs = (), None
         self._parts["block"].release(visit.block_call)
         visit.block_call = None
+        if Kind.AUXILIARY not in visit.pending:  # the auxiliary network will not learn from this batch
+            self._parts["auxiliary"].release(visit.auxiliary_call)
+            visit.auxiliary_call = None
         self._done(batch, kind)
         return message
 
@@ -254,7 +269,8 @@ class Cell:
     ) -> Tensor | None:
         """The auxiliary network learns from a batch on which the block itself has not run; ``outputs`` stand for its own."""
         visit = self._open(batch, batch_size(outputs), target, {}, frozenset({Kind.AUXILIARY}))
-        visit.context.outputs = tuple(tensor.detach() for tensor in carriers(outputs))
+        stand_in = mark(detach(outputs), self.outputs_carry or carrying(outputs))
+        visit.context.outputs = tuple(tensor.detach() for tensor in carriers(stand_in))
         return self.learn_auxiliary(batch, above, error, sample_losses)
 
     def learn_inputs_from(self, source: Values, real: Values) -> Tensor:
@@ -322,7 +338,7 @@ class Cell:
         visit = _Visit(context, target=state["target"], pending={Kind(kind) for kind in state["pending"]})
         if Kind.INPUT in visit.pending:
             self._imagine(visit, state["source"], call_from(state["input_call"]))
-        if visit.pending & {Kind.LEARN, Kind.MESSAGE}:
+        if visit.pending & {Kind.LEARN, Kind.MESSAGE} and context.inputs is not None:
             mark(context.inputs, state["carrying"])
             self._run_block(visit, call_from(state["block_call"]))
         elif state["auxiliary_call"]:

@@ -193,6 +193,9 @@ class Experiment(RuleSettings):
 class _Decay(torch.optim.lr_scheduler.LambdaLR):
     """A learning rate by epoch; a run that is resumed for more epochs goes on with the rate that these have at its epoch."""
 
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name != "lr_lambdas"}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
         for group, base, share in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):

@@ -452,6 +452,7 @@ def _plan(rule: Rule, cells: int, schedule: str, all_links: Sequence[Link]) -> S
         tuple(link.delay for link in all_links),
         synthetic=tuple(rule.synthesises_inputs(place) for place in places),
         clock=rule.clock(cells),
+        losses=rule.wants_sample_losses(),
     )
 
 
@@ -486,5 +487,7 @@ def _make_cells(chain: Chain, rule: Rule, phases: Sequence[Phase], example_input
         )
         inputs = (rule.build_inputs(site), carrying(site.inputs)) if rule.synthesises_inputs(place) else None
         auxiliary = rule.build(site)
-        cells.append(Cell(place=place, block=block, rule=phases[0].rule, auxiliary=auxiliary, inputs=inputs, wiring=wiring))
+        cell = Cell(place=place, block=block, rule=phases[0].rule, auxiliary=auxiliary, inputs=inputs, wiring=wiring)
+        cell.outputs_carry = None if rehearsal is None else carrying(rehearsal[i])
+        cells.append(cell)
     return cells

@@ -66,6 +66,7 @@ class Schedule:
         hop: Ticks from one cell to the next, 0 or 1.
         synthetic: For each cell, whether it runs on a synthetic input.
         clock: Which cells work on which batch; all on all if left out.
+        losses: Whether auxiliary networks learn from the losses of samples, and so wait for the batch to reach the top as well.
     """
 
     name: str
@@ -75,10 +76,11 @@ class Schedule:
     hop: int
     synthetic: tuple[bool, ...] = ()
     clock: Clock | None = None
+    losses: bool = False
 
     @cached_property
     def _offset(self) -> dict[tuple[int, Kind], int]:
-        return _offsets(self.needs, self.auxiliary, self.delays, self.hop, self.synthetic)
+        return _offsets(self.needs, self.auxiliary, self.delays, self.hop, self.synthetic, self.losses)
 
     @cached_property
     def _all_kinds(self) -> list[frozenset[Kind]]:
@@ -178,7 +180,7 @@ class Schedule:
         if kind in (Kind.FORWARD, Kind.INPUT):
             return
         needs = self.auxiliary[cell] if kind is Kind.AUXILIARY else self.needs[cell]
-        if cell != top and needs == Needs.ERROR:
+        if cell != top and (needs == Needs.ERROR or (kind is Kind.AUXILIARY and self.losses)):
             yield Action(top, Kind.FORWARD, batch)
         if cell != top and needs == Needs.ABOVE:
             yield Action(cell + 1, Kind.MESSAGE if Kind.MESSAGE in self.kinds(cell + 1, batch) else Kind.LEARN, batch)
@@ -240,6 +242,7 @@ def _offsets(
     delays: Sequence[int],
     hop: int,
     synthetic: Sequence[bool],
+    losses: bool,
 ) -> dict[tuple[int, Kind], int]:
     """Works out the tick, counted from a batch's entry, of each of its actions (the equation in `Schedule`)."""
     count = len(needs)
@@ -257,7 +260,8 @@ def _offsets(
         offsets[cell, Kind.LEARN] = learn[cell]
         after = auxiliary[cell]
         if after is not None:
-            offsets[cell, Kind.AUXILIARY] = max(learn[cell], arrival[after])
+            reached = arrival[Needs.ERROR] if losses else 0
+            offsets[cell, Kind.AUXILIARY] = max(learn[cell], arrival[after], reached)
         if synthetic and synthetic[cell]:
             offsets[cell, Kind.INPUT] = max(forward[cell], forward[cell - 1])
     return offsets
@@ -270,9 +274,10 @@ def lockstep(
     *,
     synthetic: tuple[bool, ...] = (),
     clock: Clock | None = None,
+    losses: bool = False,
 ) -> Schedule:
     """One batch at a time: it enters and, unless a link delays a message, everything is learnt before the next one."""
-    return Schedule("lockstep", needs, auxiliary, delays, hop=0, synthetic=synthetic, clock=clock)
+    return Schedule("lockstep", needs, auxiliary, delays, hop=0, synthetic=synthetic, clock=clock, losses=losses)
 
 
 def pipelined(
@@ -282,6 +287,7 @@ def pipelined(
     *,
     synthetic: tuple[bool, ...] = (),
     clock: Clock | None = None,
+    losses: bool = False,
 ) -> Schedule:
     """Cell i works on batch t - i in tick t, or on batch t if its input is synthetic, so that all cells can work at once.
 
@@ -295,7 +301,7 @@ def pipelined(
                 f"the pipelined schedule cannot serve block {cell}, which needs {need.name}: it would wait for those above; "
                 'accept late credit with links=Link(delay=1), choose a rule that needs TARGET at most, or schedule="lockstep"'
             )
-    return Schedule("pipelined", needs, auxiliary, delays, hop=1, synthetic=synthetic, clock=clock)
+    return Schedule("pipelined", needs, auxiliary, delays, hop=1, synthetic=synthetic, clock=clock, losses=losses)
 
 
 SCHEDULES = {"lockstep": lockstep, "pipelined": pipelined}

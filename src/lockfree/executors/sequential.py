@@ -10,7 +10,7 @@ from lockfree.executors.base import Assembly, Executor, Flight, Outcome
 from lockfree.objective import Diverged, is_finite
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
-from lockfree.values import Credit, detach, tensors
+from lockfree.values import Credit, Values, detach, tensors
 
 
 class Sequential(Executor):
@@ -29,14 +29,15 @@ class Sequential(Executor):
         """Runs F and L of the cell, then what its neighbours' auxiliary networks can learn from them, then the update."""
         outcome, alone = Outcome(), assembly.cells[cell]
         assembly.flights[batch] = flight
-        _run_forward(assembly, alone, batch, outcome, frozenset({Kind.FORWARD, Kind.LEARN}))
+        outputs = _run_forward(assembly, alone, batch, outcome, frozenset({Kind.FORWARD, Kind.LEARN}))
+        _refuse_what_is_not_finite(alone, batch, outputs)
         stand_in = alone.input_of(batch)
         _learn(assembly, alone, batch, outcome)
         if not alone.place.top:
             made = assembly.links[cell].take(batch)
             outcome.inputs[cell + 1, batch] = assembly.cells[cell + 1].learn_inputs_from(flight.inputs, made)
         if cell and assembly.cells[cell - 1].auxiliary_needs is not None:
-            message = assembly.links[cell - 1].receive(batch)
+            message = assembly.links[cell - 1].receive(batch) if alone.reports else None
             below, sample_losses = assembly.cells[cell - 1], assembly.sample_losses(batch)
             loss = below.learn_credit_at(batch, stand_in, flight.target, message, flight.error, sample_losses)
             if loss is not None:
@@ -50,28 +51,33 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> No
     _run_forward(assembly, cell, batch, outcome, assembly.schedule.kinds(cell.place.index, batch))
 
 
-def _run_forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds: frozenset[Kind]) -> None:
+def _run_forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds: frozenset[Kind]) -> Values:
     flight, index = assembly.flights[batch], cell.place.index
     inputs = flight.inputs if not index or cell.synthetic else assembly.links[index - 1].take(batch)
     outputs = cell.forward(batch, inputs, flight.target, flight.shared, kinds)
-    if cell.learns_early and not all(bool(tensor.isfinite().all()) for tensor in tensors(outputs)):
-        raise Diverged(
-            f"training broke at step {batch + 1}: cell {index} ('{cell.block.name}') gave the first output that is not finite; look for "
-            "bad values in the data, lower the learning rate, or go on from the last checkpoint"
-        )
+    if cell.learns_early:
+        _refuse_what_is_not_finite(cell, batch, outputs)
     if not cell.place.top:
         assembly.links[index].lift(batch, outputs)
-        return
+        return outputs
     if cell.joined_above:
-        flight.loss = assembly.objective.evaluate(outputs, flight.target)
+        # Nobody will differentiate the loss if the top block is at rest.
+        flight.loss = assembly.objective.evaluate(outputs if Kind.LEARN in kinds else detach(outputs), flight.target)
     else:
         flight.loss, flight.error = assembly.objective(outputs, flight.target)
         flight.scores = detach(outputs)
     outcome.losses[batch] = flight.loss.detach()
     if not is_finite(outcome.losses[batch]):
         raise Diverged(_where_it_broke(assembly, batch, flight.loss))
-    if Kind.LEARN not in kinds:
-        flight.loss = None  # the top block is at rest: nobody will differentiate it
+    return outputs
+
+
+def _refuse_what_is_not_finite(cell: Cell, batch: int, outputs: Values) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors(outputs)):
+        raise Diverged(
+            f"training broke at step {batch + 1}: cell {cell.place.index} ('{cell.block.name}') gave the first output that is not "
+            "finite; look for bad values in the data, lower the learning rate, or go on from the last checkpoint"
+        )
 
 
 def _learn(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kind: Kind = Kind.LEARN) -> None:

@@ -205,6 +205,8 @@ class SyntheticGradients(Rule):
             return FORMS[self.form].build(y, design)
         given = self.synthesiser
         made = copy.deepcopy(given) if isinstance(given, nn.Module) else given(y, design.classes)
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"synthesiser must return a torch.nn.Module for an output and a number of classes, got {made!r}")
         return made if isinstance(made, Synthesiser) else ModuleSynthesiser(made, y, design.classes)
 
     def _design(self, classes: int) -> Design:

@@ -101,7 +101,7 @@ class GradientSynthesiser(Synthesiser):
 
     def predict(self, y: Tensor, label: Tensor | None, samples: int) -> Prediction:
         """Runs the network once; autograd keeps what learning from it takes."""
-        dtype = next(self.parameters()).dtype
+        dtype = next((parameter.dtype for parameter in self.parameters()), y.dtype)
         prediction = self(y.to(dtype), None if label is None else label.to(dtype))
         return Prediction(prediction.detach() / samples, prediction)
 
@@ -119,7 +119,8 @@ class GradientSynthesiser(Synthesiser):
 
     def regress(self, prediction: Prediction, difference: Tensor) -> None:
         """Leaves the gradients of the parameters, given that of the loss with respect to the network's output."""
-        torch.autograd.backward(prediction.graph, difference)
+        if prediction.graph.requires_grad:  # not if no sample has a class, or nothing in a user's module learns
+            torch.autograd.backward(prediction.graph, difference)
 
 
 def zero(layer: nn.Module) -> nn.Module:

@@ -70,7 +70,8 @@ class CriticSynthesiser(Synthesiser):
             loss = far * (self.matching / 2) + (0.0 if loss is None else loss)
         if loss is None:
             return None
-        loss.backward()
+        if loss.requires_grad:  # not if no sample has a class
+            loss.backward()
         return loss.detach()
 
 

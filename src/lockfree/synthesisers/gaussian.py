@@ -46,11 +46,12 @@ class GaussianSynthesiser(Synthesiser):
             return None
         mean, log_scale = prediction.graph
         with torch.no_grad():
-            seen = (samples * truth).square().mean()
+            seen = (samples * truth.to(self.mean_square.dtype)).square().mean()
             self.mean_square.copy_(torch.where(self.mean_square > 0, self.mean_square.lerp(seen, 1 - _MEMORY), seen))
         loss = self.mean.learn(mean, truth, samples, sample_losses)
         residual = samples * mean.credit  # learning has left prediction minus truth there
         tiny = torch.finfo(residual.dtype).tiny
         squares = (residual / (self.mean_square + tiny).sqrt()).square()
-        (0.5 * squares * (-2 * log_scale).exp() + log_scale).flatten(1).sum(1).mean().backward()
+        if log_scale.requires_grad:
+            (0.5 * squares * (-2 * log_scale).exp() + log_scale).flatten(1).sum(1).mean().backward()
         return loss

@@ -40,13 +40,15 @@ class InputSynthesiser(nn.Module):
                 "synthetic inputs are predicted by regression, but whole numbers or plain values cross a border of this model: "
                 "begin blocks elsewhere, or leave synthetic_inputs out"
             )
-        self._tree = pytree.tree_structure(wanted)
+        self._like = pytree.tree_map(
+            lambda _: 0, wanted
+        )  # torch's own description of a tree cannot be copied without a warning
         design = replace(design, classes=0, per_class=False)
         self.networks = nn.ModuleList(_network(source, leaf, design) for leaf in leaves)
 
     def forward(self, source: Float[Tensor, "m ..."]) -> Values:
         """Returns the predicted input, of the wanted tree and shapes."""
-        return pytree.tree_unflatten([network(source) for network in self.networks], self._tree)
+        return pytree.tree_unflatten([network(source) for network in self.networks], pytree.tree_structure(self._like))
 
 
 def _network(source: Tensor, wanted: Tensor, design: Design) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree.memory import hold, unhold
+from lockfree.rng import undisturbed
 from lockfree.synthesisers.base import Design, GradientSynthesiser, Prediction, zero
 
 
@@ -141,7 +142,9 @@ def by_class(networks: nn.ModuleList, y: Tensor, label: Tensor | None) -> Tensor
             network.train(training)
             parts.append(made)
     if counts[-1]:
-        parts.append(y.new_zeros(counts[-1], *(parts[0].shape[1:] if parts else y.shape[1:])))
+        shape = (parts[0] if parts else y).shape[1:]
+        nothing = 0 * y[order][-counts[-1] :].flatten(1).sum(1)  # zeros, which can be differentiated as the others can
+        parts.append(nothing.view(-1, *[1] * len(shape)).expand(-1, *shape))
     return torch.cat(parts)[order.argsort()]
 
 
@@ -162,9 +165,8 @@ class ModuleSynthesiser(GradientSynthesiser):
     def __init__(self, module: nn.Module, like: Tensor, classes: int) -> None:
         super().__init__(classes)
         self.module = module.to(like)
-        training = module.training
-        module.eval()
-        with torch.no_grad():
+        with undisturbed(module), torch.no_grad():
+            module.eval()
             label = like.new_zeros(len(like), classes)
             try:
                 made = module(like, label) if classes else module(like)
@@ -174,7 +176,6 @@ class ModuleSynthesiser(GradientSynthesiser):
                 raise ValueError(
                     f"the synthesiser {type(module).__name__} does not take outputs {tuple(like.shape)}{labels}: {reason}"
                 ) from error
-        module.train(training)
         if not isinstance(made, Tensor) or made.shape != like.shape:
             found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise ValueError(
