@@ -137,6 +137,17 @@ def test_a_critic_learns_though_the_block_above_rests():
     assert printed(plan.actions(1)) == "0F0 0L0 1F0 2F0 1A0 0A0"
 
 
+def test_a_sobolev_critic_waits_for_the_message_and_for_the_loss():
+    clock = hand_written({(1, 0): Pace.REST})
+    for make, wanted in (
+        (lockstep, ["0F0 0L0 1F0 2F0 2L0 1A0", "0F1 0L1 1F1 1L1 2F1 2L1 1A1 0A1"]),
+        (pipelined, ["0F0 0L0", "0F1 0L1 1F0", "1F1 1L1 2F0 2L0 1A0", "2F1 2L1 1A1 0A1"]),
+    ):
+        plan = make(*DNI_NEEDS, clock=clock, losses=True)
+        assert [printed(plan.tick(t, 0, min(t, 1))) for t in range(len(wanted))] == wanted
+        assert printed(plan.waits_for(Action(0, Kind.AUXILIARY, 1))) == "2F1 1L1"
+
+
 def test_a_pipelined_schedule_with_a_clock():
     plan = pipelined(*DNI_NEEDS, clock=hand_written({(1, 0): Pace.REST, (2, 1): Pace.REPORT}))
     assert [printed(plan.tick(t, 0, min(t, 1))) for t in range(4)] == [
@@ -191,16 +202,17 @@ def clocked(draw):
     make = draw(st.sampled_from([lockstep, pipelined]))
     if make is pipelined:
         delays = [max(delay, 1) if need >= Needs.ERROR else delay for need, delay in zip(needs[:-1], delays, strict=True)]
-    return make, (tuple(needs), tuple(auxiliary), tuple(delays)), tuple(synthetic), (paces, silent), batches
+    more = {"synthetic": tuple(synthetic), "losses": draw(st.booleans())}
+    return make, (tuple(needs), tuple(auxiliary), tuple(delays)), more, (paces, silent), batches
 
 
 @given(clocked())
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_a_clock_leaves_out_and_replaces_but_never_moves(drawn):
     """Every action of the schedule without the clock stays in its place, is left out, or becomes a report; the rule is written again."""
-    make, arguments, synthetic, (paces, silent), batches = drawn
-    without = make(*arguments, synthetic=synthetic)
-    plan = make(*arguments, synthetic=synthetic, clock=hand_written(paces, silent))
+    make, arguments, more, (paces, silent), batches = drawn
+    without = make(*arguments, **more)
+    plan = make(*arguments, **more, clock=hand_written(paces, silent))
     needs, auxiliary, _ = arguments
 
     def pace(cell, batch):
@@ -228,10 +240,38 @@ def test_a_clock_leaves_out_and_replaces_but_never_moves(drawn):
 
 
 @given(clocked())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_the_tick_of_each_action_is_the_equation(drawn):
+    """The equations in the docstring of `Schedule` written again, with synthetic inputs and the losses of samples."""
+    make, (needs, auxiliary, delays), more, _, batches = drawn
+    plan = make(needs, auxiliary, delays, **more)
+    synthetic, top = more["synthetic"], len(needs) - 1
+    forward, learn, offset = [], [0] * len(needs), {}
+    for cell in range(len(needs)):
+        forward.append(0 if not cell or synthetic[cell] else forward[-1] + plan.hop)
+    for cell in range(top, -1, -1):
+        loss = forward[top] + sum(delays[cell:])
+        above = learn[cell + 1] + delays[cell] if cell < top else 0
+        arrives = {Needs.NOTHING: 0, Needs.TARGET: 0, Needs.ERROR: loss, Needs.ABOVE: above}
+        learn[cell] = max(forward[cell], arrives[needs[cell]])
+        offset[cell, Kind.FORWARD], offset[cell, Kind.LEARN] = forward[cell], learn[cell]
+        if synthetic[cell]:
+            offset[cell, Kind.INPUT] = max(forward[cell], forward[cell - 1])
+        if auxiliary[cell] is not None:
+            offset[cell, Kind.AUXILIARY] = max(learn[cell], arrives[auxiliary[cell]], loss if more["losses"] else 0)
+    assert plan.depth == max(offset.values())
+    for tick in range(batches + plan.depth):
+        found = plan.tick(tick, 0, min(tick, batches - 1))
+        assert sorted(found) == sorted(
+            Action(cell, kind, tick - late) for (cell, kind), late in offset.items() if 0 <= tick - late < batches
+        )
+
+
+@given(clocked())
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_every_action_waits_only_for_actions_that_are_there_and_come_before(drawn):
-    make, arguments, synthetic, clock, batches = drawn
-    plan = make(*arguments, synthetic=synthetic, clock=hand_written(*clock))
+    make, arguments, more, clock, batches = drawn
+    plan = make(*arguments, **more, clock=hand_written(*clock))
     place = {action: number for number, action in enumerate(plan.actions(batches))}
     assert len(place) == sum(plan.actions_of(t) for t in range(batches))
     for action, number in place.items():
