@@ -472,6 +472,7 @@ def test_synthesisers_learn_between_the_updates_of_blocks_from_what_is_reported(
     result = learner.step(x, y)
     for name, value in learner.model.named_parameters():
         assert torch.equal(value, blocks[name])
+        assert value.grad is None  # or it would be a part of the next update
     for i, (W, t) in tables.items():
         leaf, above = outputs[i + 1]
         if i < 2:
@@ -696,6 +697,8 @@ def credits_of(rule, batch=0, cell=0, samples=400, units=60, label=None):
     with torch.no_grad():
         for parameter in auxiliary.parameters():
             parameter.copy_(0.3 * draw(generator, *parameter.shape))
+            if len(parameter) == 1:
+                parameter.add_(2.0)  # so that the credit's root mean square is not its deviation
         for buffer in auxiliary.buffers():
             buffer.fill_(2.0)
     context = lf.Context(place=place, auxiliary=auxiliary, inputs=None, outputs=(y, y), samples=samples, batch=batch)
@@ -708,6 +711,7 @@ def credits_of(rule, batch=0, cell=0, samples=400, units=60, label=None):
 def test_noise_has_the_deviation_that_is_asked_for_and_anneals(noise, decay, batch):
     """In units of the credit's root mean square: noise (1 + t)^(-decay/2), a variance that falls as Neelakantan et al.'s."""
     clean, _ = credits_of(SyntheticGradients(), batch)
+    assert clean[0].square().mean().sqrt() > 1.2 * clean[0].std()
     noisy, context = credits_of(SyntheticGradients(noise=noise, noise_decay=decay), batch)
     wanted = noise * (1 + batch) ** (-decay / 2)
     count = clean[0].numel()
