@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lockfree as lf
 from lockfree import checkpoint
-from lockfree.executors import Flight
+from lockfree.flight import Flight
 from lockfree.rule import Clock, Needs, Pace
 from lockfree.rules import Backprop, SyntheticGradients
 from lockfree.schedule import Action, Kind, lockstep, pipelined

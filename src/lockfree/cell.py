@@ -1,6 +1,6 @@
 """One block with everything that it learns with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lockfree.chain import Block
+from lockfree.flight import Flight
+from lockfree.objective import Objective
 from lockfree.rule import Context, Needs, Place, Rule
 from lockfree.schedule import Kind
 from lockfree.stash import Call, Stash, call_from, call_state
@@ -42,10 +44,9 @@ class _Visit:
     """One batch in one cell, from its forward to its last action."""
 
     context: Context
-    target: Any = None  # kept from the rule until block or auxiliary network may see it
+    flight: Flight  # what the rule is shown of it depends on what block and auxiliary network need
     made: tuple[Tensor, ...] = ()  # the outputs that carry credit, with the block's graph; empty once learnt
     guess: tuple[Tensor, ...] = ()  # the synthetic input, with the graph of what made it; empty once the real one was there
-    source: Values = None  # the network's input that the guess was made from, kept for a resume
     pending: set[Kind] = field(default_factory=set)  # actions still to come
     block_call: Call | None = None
     auxiliary_call: Call | None = None
@@ -77,6 +78,7 @@ class Cell:
         place: Where the cell stands.
         block: The piece of the user's model.
         rule: How the block gets its credit; `follow` puts another phase of it in force.
+        objective: The loss, for rules that take it of scores of their own.
         auxiliary: What `Rule.build` made, or ``None``.
         inputs: What `Rule.build_inputs` made, if the block runs on synthetic inputs, with `carrying` of a real one.
         wiring: How it is joined to its neighbours.
@@ -92,11 +94,13 @@ class Cell:
         place: Place,
         block: Block,
         rule: Rule,
+        objective: Objective,
         auxiliary: nn.Module | None,
         inputs: tuple[nn.Module, list[bool]] | None = None,
         wiring: Wiring,
     ) -> None:
         self.place, self.block, self.auxiliary = place, block, auxiliary
+        self._objective = objective
         self.inputs, self._carrying = inputs or (None, [])
         self.joined_below, self.joined_above = wiring.joined
         self.reports, self.learns_early = wiring.reports, wiring.learns_early
@@ -126,21 +130,20 @@ class Cell:
 
     # ---- the actions ---------------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: int, inputs: Values, target: Any, shared: dict[str, Any], kinds: frozenset[Kind]) -> Values:
+    def forward(self, batch: int, inputs: Values, flight: Flight, kinds: frozenset[Kind]) -> Values:
         """F: runs the block on one batch and returns what crosses its upper border, detached unless it is joined.
 
         Args:
             batch: Number of the batch.
             inputs: What crosses the lower border; the network's input if the cell runs on synthetic inputs.
-            target: The batch's targets.
-            shared: Scratch space of the batch.
+            flight: The batch itself.
             kinds: What the cell will do on this batch.
         """
-        visit = self._open(batch, batch_size(inputs), target, shared, kinds)
+        visit = self._open(batch, batch_size(inputs), flight, kinds)
         if self.inputs is not None:
             inputs = self._imagine(visit, inputs, None)
         if self.inputs is not None and Kind.INPUT not in kinds:
-            visit.guess, visit.source = (), None
+            visit.guess = ()
             self._parts["inputs"].release(visit.input_call)
             visit.input_call = None
         if not (self.reports or self.joined_below):
@@ -151,12 +154,18 @@ class Cell:
         self._done(batch, Kind.FORWARD)
         return outputs
 
-    def _open(self, batch: int, samples: int, target: Any, shared: dict[str, Any], kinds: frozenset[Kind]) -> _Visit:
-        context = Context(self.place, self.auxiliary, None, (), samples, shared=shared, batch=batch)
+    def _open(self, batch: int, samples: int, flight: Flight, kinds: frozenset[Kind]) -> _Visit:
+        context = Context(self.place, self.auxiliary, None, (), samples, shared=flight.shared, batch=batch)
+        visit = self._visits[batch] = _Visit(context, flight, pending=set(kinds))
         if self.needs >= Needs.TARGET:
-            context.target = target
-        visit = self._visits[batch] = _Visit(context, target=target, pending=set(kinds))
+            self._show_targets(visit)
         return visit
+
+    def _show_targets(self, visit: _Visit) -> None:
+        """Shows the rule what is known from the start: targets, the network's input, and the loss of any scores."""
+        context, flight = visit.context, visit.flight
+        context.target, context.source = flight.target, flight.inputs
+        context.loss = lambda scores: self._objective.evaluate(scores, flight.target)
 
     def _imagine(self, visit: _Visit, source: Values, again: Call | None) -> Values:
         """Predicts the block's input from the network's."""
@@ -164,7 +173,7 @@ class Cell:
         assert imagine is not None
         with full_precision(_device_type(tensors(source))):
             guess, visit.input_call = self._parts["inputs"].call(lambda: imagine(source), again)
-        visit.guess, visit.source = tensors(guess), source
+        visit.guess = tensors(guess)
         return mark(detach(guess), self._carrying)
 
     def _run_block(self, visit: _Visit, again: Call | None) -> Values:
@@ -223,7 +232,9 @@ class Cell:
         """A: the truth about one batch has arrived; the auxiliary network learns from it and returns its own loss."""
         visit = self._visits[batch]
         context = visit.context
-        context.target, context.error, context.sample_losses = visit.target, error, sample_losses
+        if self.auxiliary_needs is not None and self.auxiliary_needs >= Needs.TARGET:
+            self._show_targets(visit)
+        context.error, context.sample_losses = error, sample_losses
         context.above = above if above is not None else context.above
         with full_precision(_device_type(context.outputs)):
             loss = self.rule.learn(context)
@@ -237,7 +248,7 @@ class Cell:
         """I: the real input has arrived; what predicts it descends half its squared error, a sum over units, a mean over samples."""
         visit = self._visits[batch]
         loss = self._regress_inputs(visit.guess, real)
-        visit.guess, visit.source = (), None
+        visit.guess = ()
         self._parts["inputs"].release(visit.input_call)
         visit.input_call = None
         self._done(batch, Kind.INPUT)
@@ -262,13 +273,13 @@ class Cell:
         self,
         batch: int,
         outputs: Values,
-        target: Any,
+        flight: Flight,
         above: Credit | None,
         error: Credit | None,
         sample_losses: Callable[[], Tensor] | None,
     ) -> Tensor | None:
         """The auxiliary network learns from a batch on which the block itself has not run; ``outputs`` stand for its own."""
-        visit = self._open(batch, batch_size(outputs), target, {}, frozenset({Kind.AUXILIARY}))
+        visit = self._open(batch, batch_size(outputs), flight, frozenset({Kind.AUXILIARY}))
         stand_in = mark(detach(outputs), self.outputs_carry or carrying(outputs))
         visit.context.outputs = tuple(tensor.detach() for tensor in carriers(stand_in))
         return self.learn_auxiliary(batch, above, error, sample_losses)
@@ -316,8 +327,8 @@ class Cell:
                 state[f"{name}_stash"] = part.stash.state_dict()
         return state | {"visits": {batch: _visit_state(visit) for batch, visit in self._visits.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned; the block's weights must have been put back before.
+    def load_state_dict(self, state: dict[str, Any], flights: Mapping[int, Flight]) -> None:
+        """Puts back what `state_dict` returned; the block's weights must have been put back before, and so must the flights.
 
         Calls in flight are made again: autograd's graphs cannot be stored.
         """
@@ -329,15 +340,16 @@ class Cell:
             if part.stash is not None:
                 part.stash.load_state_dict(state[f"{name}_stash"])
         for batch, visit in state["visits"].items():
-            self._visits[int(batch)] = self._revisit(int(batch), visit)
+            self._visits[int(batch)] = self._revisit(int(batch), visit, flights[int(batch)])
 
-    def _revisit(self, batch: int, state: dict[str, Any]) -> _Visit:
-        context = Context(self.place, self.auxiliary, state["inputs"], tuple(state["outputs"]), state["samples"], batch=batch)
-        context.target = state["target"] if self.needs >= Needs.TARGET else None
+    def _revisit(self, batch: int, state: dict[str, Any], flight: Flight) -> _Visit:
+        kinds = frozenset(Kind(kind) for kind in state["pending"])
+        visit = self._open(batch, state["samples"], flight, kinds)
+        context = visit.context
+        context.inputs, context.outputs = state["inputs"], tuple(state["outputs"])
         context.above, context.error = state["above"], state["error"]
-        visit = _Visit(context, target=state["target"], pending={Kind(kind) for kind in state["pending"]})
-        if Kind.INPUT in visit.pending:
-            self._imagine(visit, state["source"], call_from(state["input_call"]))
+        if Kind.INPUT in kinds:
+            self._imagine(visit, flight.inputs, call_from(state["input_call"]))
         if visit.pending & {Kind.LEARN, Kind.MESSAGE} and context.inputs is not None:
             mark(context.inputs, state["carrying"])
             self._run_block(visit, call_from(state["block_call"]))
@@ -362,8 +374,6 @@ def _visit_state(visit: _Visit) -> dict[str, Any]:
         "carrying": carrying(context.inputs),
         "outputs": list(context.outputs),
         "samples": context.samples,
-        "source": visit.source,
-        "target": visit.target,
         "above": context.above,
         "error": context.error,
         **{f"{name}_call": call and call_state(call) for name, call in calls.items()},

@@ -14,11 +14,12 @@ from lockfree import rules
 from lockfree.cell import Cell, Wiring
 from lockfree.chain import Chain
 from lockfree.choose import choose
-from lockfree.executors import EXECUTORS, Assembly, Executor, Flight, Outcome
+from lockfree.executors import EXECUTORS, Assembly, Executor, Outcome
+from lockfree.flight import Flight
 from lockfree.link import Link, links_between
 from lockfree.objective import Loss, Objective, describe
 from lockfree.rng import get_rng, set_rng, undisturbed
-from lockfree.rule import LOCKS, Needs, Place, Rule, Site, locks
+from lockfree.rule import LOCKS, Needs, Place, Rule, Site, Trained, locks
 from lockfree.schedule import SCHEDULES, Kind, Schedule
 from lockfree.values import Values, batch_size, carrying, detach, tensors
 
@@ -64,6 +65,7 @@ class Learner:
         self._phases, self._phase = list(phases), phases[0]
         self._executor, self._assembly, self._same = executor, assembly, same
         self._buffers = list(self.model.buffers())
+        self._trained = Trained(self.model, tuple(chain.blocks), tuple(cell.auxiliary for cell in assembly.cells))
         self._first = 0  # batches before this one have been drained
         self._seen: set[tuple] = set()
 
@@ -212,7 +214,7 @@ class Learner:
         """Returns the model's output (class scores) in evaluation mode; nothing is changed."""
         with undisturbed(self.model), torch.no_grad():
             self.model.eval()
-            return self.rule.predict(self.model, x)
+            return self._phase.rule.predict(self._trained, x)
 
     def loss(self, outputs: Values, y: Any) -> Tensor:
         """Returns the user's loss of a model output.
@@ -296,12 +298,12 @@ class Learner:
         # A checkpoint gives tensors on the CPU; what is in flight has to be where the model is.
         device = next(self.model.parameters()).device
         flying = {name: _to(state[name], device) for name in ("cells", "links", "flights")}
-        for part, saved in zip(self._assembly.cells, flying["cells"], strict=True):
-            part.load_state_dict(saved)
-        for part, saved in zip(self._assembly.links, flying["links"], strict=True):
-            part.load_state_dict(saved)
         for batch, flight in flying["flights"].items():
             self._assembly.flights[int(batch)] = Flight(**flight)
+        for cell, saved in zip(self._assembly.cells, flying["cells"], strict=True):
+            cell.load_state_dict(saved, self._assembly.flights)
+        for link, saved in zip(self._assembly.links, flying["links"], strict=True):
+            link.load_state_dict(saved)
         set_rng(state["rng"])
 
     def _check_state(self, state: dict[str, Any]) -> None:
@@ -426,7 +428,8 @@ def convert(
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
     all_links = links_between(len(chain), links)
     phases = [Phase(start, one, _plan(one, len(chain), schedule, all_links)) for start, one in rule.phases()]
-    cells = _make_cells(chain, rule, phases, example_input)
+    objective = Objective(loss)
+    cells = _make_cells(chain, rule, objective, phases, example_input)
     networks = [network for cell in cells for network in (cell.auxiliary, cell.inputs) if network is not None]
     helping = [parameter for network in networks for parameter in _trained(network)]
     make_auxiliary = auxiliary_optimizer or rule.auxiliary_optimizer
@@ -438,7 +441,7 @@ def convert(
         "schedule": f"{plan.name}, delays {list(plan.delays)}",
         "optimizer": " and ".join(type(one).__name__ for one in (stepping, helper) if one is not None),
     }
-    assembly = Assembly(cells, all_links, phases[0].schedule, Objective(loss), stepping, helper)
+    assembly = Assembly(cells, all_links, phases[0].schedule, objective, stepping, helper)
     return Learner(chain, rule, phases, choose(EXECUTORS, executor, "executor")(), assembly, same)
 
 
@@ -460,7 +463,9 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _make_cells(chain: Chain, rule: Rule, phases: Sequence[Phase], example_input: Values | None) -> list[Cell]:
+def _make_cells(
+    chain: Chain, rule: Rule, objective: Objective, phases: Sequence[Phase], example_input: Values | None
+) -> list[Cell]:
     """Builds the auxiliary networks and puts the cells together."""
     count, plans = len(chain), [phase.schedule for phase in phases]
     places = [Place(index, count) for index in range(count)]
@@ -487,7 +492,15 @@ def _make_cells(chain: Chain, rule: Rule, phases: Sequence[Phase], example_input
         )
         inputs = (rule.build_inputs(site), carrying(site.inputs)) if rule.synthesises_inputs(place) else None
         auxiliary = rule.build(site)
-        cell = Cell(place=place, block=block, rule=phases[0].rule, auxiliary=auxiliary, inputs=inputs, wiring=wiring)
+        cell = Cell(
+            place=place,
+            block=block,
+            rule=phases[0].rule,
+            objective=objective,
+            auxiliary=auxiliary,
+            inputs=inputs,
+            wiring=wiring,
+        )
         cell.outputs_carry = None if rehearsal is None else carrying(rehearsal[i])
         cells.append(cell)
     return cells

@@ -22,7 +22,8 @@ class Needs(IntEnum):
 
     Attributes:
         NOTHING: The block's own input and output suffice; it learns the moment that it has run forward.
-        TARGET: The batch's targets, too. They are known from the start, so nobody waits for them.
+        TARGET: The batch's targets, too, the network's input and the loss of any scores. They are known from the start, so
+            nobody waits for them.
         ERROR: The gradient of the loss at the model's output: every block above must have run *forward*.
         ABOVE: The message of the next block: every block above must have run forward *and* learnt.
     """
@@ -150,6 +151,8 @@ class Context:
         memo: Whatever `Rule.credit` wants to hand on to `Rule.learn`; ``None`` if the block took no credit for this batch.
         batch: Number of the batch; draws that depend on it alone are the same in every executor and after a resume.
         sample_losses: Returns the loss of each sample, shape (batch,); only where the rule wants it and needs ERROR or more.
+        source: The network's input; only where the rule needs TARGET or more.
+        loss: Returns the user's loss of any scores for this batch, a scalar; only where the rule needs TARGET or more.
     """
 
     place: Place
@@ -164,6 +167,22 @@ class Context:
     memo: Any = field(default=None, repr=False)
     batch: int = 0
     sample_losses: Callable[[], Tensor] | None = field(default=None, repr=False)
+    source: Values = None
+    loss: Callable[[Values], Tensor] | None = field(default=None, repr=False)
+
+
+class Trained(NamedTuple):
+    """A model as it stands, which `Rule.predict` reads classes out of.
+
+    Attributes:
+        model: The user's own.
+        blocks: Its pieces, bottom to top.
+        auxiliaries: What `Rule.build` made for each.
+    """
+
+    model: nn.Module
+    blocks: tuple[nn.Module, ...]
+    auxiliaries: tuple[nn.Module | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +281,9 @@ class Rule(ABC):
         """Leaves gradients on the auxiliary network's parameters; returns the loss that they descend, for the record."""
         return None
 
-    def predict(self, model: nn.Module, inputs: Values) -> Values:
-        """Returns the class scores of a batch; the model is in evaluation mode and no graph is kept."""
-        return model(inputs)
+    def predict(self, trained: Trained, inputs: Values) -> Values:
+        """Returns the class scores of a batch; everything is in evaluation mode and no graph is kept."""
+        return trained.model(inputs)
 
 
 LOCKS = ("forward", "update", "backward")

@@ -1,9 +1,9 @@
 """How fast and where the events of a schedule run; never what they compute."""
 
-from lockfree.executors.base import Assembly, Executor, Flight, Outcome
+from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.executors.sequential import Sequential
 
 EXECUTORS: dict[str, type[Executor]] = {"sequential": Sequential}
 """Every executor by the name that `lockfree.convert` takes."""
 
-__all__ = ["EXECUTORS", "Assembly", "Executor", "Flight", "Outcome", "Sequential"]
+__all__ = ["EXECUTORS", "Assembly", "Executor", "Outcome", "Sequential"]

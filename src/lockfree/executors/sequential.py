@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lockfree.cell import Cell, full_precision
-from lockfree.executors.base import Assembly, Executor, Flight, Outcome
+from lockfree.executors.base import Assembly, Executor, Outcome
+from lockfree.flight import Flight
 from lockfree.objective import Diverged, is_finite
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
@@ -39,7 +40,7 @@ class Sequential(Executor):
         if cell and assembly.cells[cell - 1].auxiliary_needs is not None:
             message = assembly.links[cell - 1].receive(batch) if alone.reports else None
             below, sample_losses = assembly.cells[cell - 1], assembly.sample_losses(batch)
-            loss = below.learn_credit_at(batch, stand_in, flight.target, message, flight.error, sample_losses)
+            loss = below.learn_credit_at(batch, stand_in, flight, message, flight.error, sample_losses)
             if loss is not None:
                 outcome.auxiliary[cell - 1, batch] = loss
         assembly.end(batch)
@@ -54,7 +55,7 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> No
 def _run_forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds: frozenset[Kind]) -> Values:
     flight, index = assembly.flights[batch], cell.place.index
     inputs = flight.inputs if not index or cell.synthetic else assembly.links[index - 1].take(batch)
-    outputs = cell.forward(batch, inputs, flight.target, flight.shared, kinds)
+    outputs = cell.forward(batch, inputs, flight, kinds)
     if cell.learns_early:
         _refuse_what_is_not_finite(cell, batch, outputs)
     if not cell.place.top:
