@@ -1,7 +1,6 @@
 """One block with everything that it learns with."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from lockfree.chain import Block
 from lockfree.flight import Flight
 from lockfree.objective import Objective
+from lockfree.precision import full_precision
 from lockfree.rule import Context, Needs, Place, Rule
 from lockfree.schedule import Kind
 from lockfree.stash import Call, Stash, call_from, call_state
@@ -378,15 +378,6 @@ def _visit_state(visit: _Visit) -> dict[str, Any]:
         "error": context.error,
         **{f"{name}_call": call and call_state(call) for name, call in calls.items()},
     }
-
-
-def full_precision(device_type: str) -> AbstractContextManager:
-    """Leaves the ambient autocast: gradients are taken, and auxiliary networks run, in the precision of their tensors."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    # Weights change below, so autocast's copies of them in low precision are stale from here on.
-    torch.clear_autocast_cache()
-    return torch.autocast(device_type, enabled=False)
 
 
 def _device_type(tensors: tuple[Tensor, ...]) -> str:

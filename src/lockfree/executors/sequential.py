@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lockfree.cell import Cell, full_precision
+from lockfree.cell import Cell
 from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.flight import Flight
 from lockfree.objective import Diverged, is_finite
+from lockfree.precision import full_precision
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
 from lockfree.values import Credit, Values, detach, tensors
