@@ -41,6 +41,7 @@ class RuleCase:
 ALL, UPDATE, FORWARD = frozenset({"forward", "update", "backward"}), frozenset({"forward", "update"}), frozenset({"forward"})
 FREE: frozenset[str] = frozenset()
 DNI = lf.rules.SyntheticGradients
+HSIC = lf.rules.HSICBottleneck
 HIDDEN = {"hidden_layers": 1, "hidden_units": 8, "kernel_size": 3}
 
 RULES = (
@@ -87,6 +88,12 @@ RULES = (
         refuses=("gpt", "tied", "dict"),
     ),
     RuleCase(name="fa", make=lf.rules.FeedbackAlignment, locks=ALL, refuses=("tied",)),
+    RuleCase(name="hsic", make=lambda: HSIC(balance=20.0), locks=FORWARD),
+    RuleCase(name="hsic-plain", make=lambda: HSIC(objective="hsic", balance=50.0, sigma=1.0), locks=FORWARD),
+    RuleCase(name="hsic-phsic", make=lambda: HSIC(objective="phsic", kernel="cosine", balance=2.0), locks=FORWARD),
+    RuleCase(name="hsic-one-hot", make=lambda: HSIC(readout="one-hot"), locks=FORWARD, refuses=("gpt", "tied")),
+    RuleCase(name="hsic-heads", make=lambda: HSIC(readout="heads", features=16), locks=FORWARD),
+    RuleCase(name="hsic-format", make=lambda: HSIC(format_after=6, landmarks=4, block_size=4), locks=FORWARD),
     RuleCase(name="dfa", make=lambda: lf.rules.DirectFeedbackAlignment(scale=0.5), locks=UPDATE),
 )
 

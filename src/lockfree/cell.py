@@ -1,6 +1,7 @@
 """One block with everything that it learns with."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from lockfree.chain import Block
 from lockfree.flight import Flight
 from lockfree.objective import Objective
 from lockfree.precision import full_precision
-from lockfree.rule import Context, Needs, Place, Rule
+from lockfree.rule import Context, Needs, Pace, Place, Rule
 from lockfree.schedule import Kind
 from lockfree.stash import Call, Stash, call_from, call_state
 from lockfree.values import Credit, Values, as_leaves, batch_size, carriers, carrying, detach, mark, tensors
@@ -119,6 +120,7 @@ class Cell:
         self.rule = rule
         self.needs = rule.needs(self.place)
         self.auxiliary_needs = rule.auxiliary_needs(self.place)
+        self._clock = rule.clock(self.place.count)
 
     @property
     def synthetic(self) -> bool:
@@ -150,9 +152,13 @@ class Cell:
             inputs = detach(inputs)  # nobody asks for dL/dx, so autograd need not compute it
         visit.context.inputs = inputs
         asked = Kind.LEARN in kinds or (Kind.MESSAGE in kinds and self.reports)
-        outputs = self._run_block(visit, None) if asked or self.outputs_carry is None else self._run_at_rest(visit)
+        with self.block.evaluating() if self._frozen(batch) else nullcontext():
+            outputs = self._run_block(visit, None) if asked or self.outputs_carry is None else self._run_at_rest(visit)
         self._done(batch, Kind.FORWARD)
         return outputs
+
+    def _frozen(self, batch: int) -> bool:
+        return self._clock is not None and self._clock.pace(self.place.index, batch) is Pace.FREEZE
 
     def _open(self, batch: int, samples: int, flight: Flight, kinds: frozenset[Kind]) -> _Visit:
         context = Context(self.place, self.auxiliary, None, (), samples, shared=flight.shared, batch=batch)
@@ -165,6 +171,7 @@ class Cell:
         """Shows the rule what is known from the start: targets, the network's input, and the loss of any scores."""
         context, flight = visit.context, visit.flight
         context.target, context.source = flight.target, flight.inputs
+        context.scores_shape = self._objective.scores_shape
         context.loss = lambda scores: self._objective.evaluate(scores, flight.target)
 
     def _imagine(self, visit: _Visit, source: Values, again: Call | None) -> Values:
@@ -268,6 +275,10 @@ class Cell:
     def input_of(self, batch: int) -> Values:
         """Returns what the block ran on, between its forward and its learning."""
         return self._visits[batch].context.inputs
+
+    def outputs_of(self, batch: int) -> tuple[Tensor, ...]:
+        """Returns what the block has made that carries credit, detached."""
+        return self._visits[batch].context.outputs
 
     def learn_credit_at(
         self,

@@ -1,6 +1,7 @@
 """The model as a chain of blocks, bottom to top."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,17 @@ class Block(nn.Module):
         outputs = self._call(copies)
         self._mutates[mode] = before != [tensor._version for tensor in tensors(copies)]
         return outputs
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Lets the block run as in evaluation; training flags are afterwards as before."""
+        modes = [(module, module.training) for module in self._model[0].modules()]
+        self._model[0].eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yields the modules inside, each with what the user's model calls it."""

@@ -115,5 +115,6 @@ def trials(count: int, *, quiet: bool, label: str) -> Iterator[Callable[[Any, di
 
 
 def _told(trial: Any, result: dict[str, Any]) -> str:
-    what = f"{trial.panel}, {trial.series}, {trial.x:g}, seed {trial.seed}"
+    place = "" if trial.x is None else f" {trial.x:g},"
+    what = f"{trial.panel}, {trial.series},{place} seed {trial.seed}"
     return f"{what}: error {result['test_error']:.2f} % ({result['seconds']:.0f} s)"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,8 +212,11 @@ class Learner:
 
     def predict(self, x: Values) -> Values:
         """Returns the model's output (class scores) in evaluation mode; nothing is changed."""
-        with undisturbed(self.model), torch.no_grad():
-            self.model.eval()
+        auxiliaries = [auxiliary for auxiliary in self._trained.auxiliaries if auxiliary is not None]
+        with ExitStack() as stack, torch.no_grad():
+            for module in (self.model, *auxiliaries):
+                stack.enter_context(undisturbed(module))
+                module.eval()
             return self._phase.rule.predict(self._trained, x)
 
     def loss(self, outputs: Values, y: Any) -> Tensor:
@@ -480,6 +483,8 @@ def _make_cells(
     wanted = [any(Needs.ABOVE in (plan.needs[i], plan.auxiliary[i]) for plan in plans) for i in range(count)]
     below_wants = [False, *wanted[:-1]]
     rehearsal = None if example_input is None else chain.rehearse(example_input, below_wants)
+    if rehearsal is not None:
+        objective.see(rehearsal[-1])
     cells = []
     for i, (place, block) in enumerate(zip(places, chain.blocks, strict=True)):
         site = Site(place=place, block=block, rehearsal=rehearsal, example=example_input)

@@ -24,6 +24,9 @@ class Objective:
     Args:
         loss: Maps the model's output and the batch's targets to a scalar, a mean over the batch.
 
+    Attributes:
+        scores_shape: Shape of the model's output for one sample, if it is one tensor and has been seen.
+
     Raises:
         TypeError: If ``loss`` cannot be called.
     """
@@ -34,6 +37,7 @@ class Objective:
                 f"loss must be a function of (output, target), such as torch.nn.functional.cross_entropy, got {loss!r}"
             )
         self._loss = loss
+        self.scores_shape: torch.Size | None = None
 
     def __call__(self, outputs: Values, target: Any) -> tuple[Tensor, Credit]:
         """Returns the loss and the error, its gradient for each tensor of the output, shape of that tensor.
@@ -90,6 +94,11 @@ class Objective:
             ) from error
         return losses.nan_to_num(nan=0.0)
 
+    def see(self, outputs: Values) -> None:
+        """Takes down the shape of the model's output."""
+        found = output_tensors(outputs)
+        self.scores_shape = found[0].shape[1:] if len(found) == 1 else None
+
     def check(self, outputs: Values, target: Any) -> None:
         """Checks, before anything is learnt, that targets like these fit the model's output.
 
@@ -97,6 +106,7 @@ class Objective:
             ValueError: If they do not; class numbers out of range are named.
         """
         scores = output_tensors(outputs)
+        self.see(outputs)
         if len(scores) == 1 and scores[0].dim() == 2 and _are_class_numbers(target, scores[0]):
             labels, classes = target[target != -100], scores[0].shape[1]
             if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):

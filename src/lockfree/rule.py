@@ -41,11 +41,13 @@ class Pace(Enum):
         LEARN: It updates its weights, and reports dL/dx to the block below.
         REPORT: It reports only.
         REST: Neither; it has run forward, and that is all.
+        FREEZE: It rests and has run as in evaluation, so that its running statistics do not change either.
     """
 
     LEARN = "learn"
     REPORT = "report"
     REST = "rest"
+    FREEZE = "freeze"
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ class Site:
     example: Values | None = None
 
     @property
+    def handed_up(self) -> Values:
+        """What the block hands up for the example batch; tensors that carry credit require a gradient.
+
+        Raises:
+            ValueError: If no example batch was given.
+        """
+        return self._rehearsed()[self.place.index]
+
+    @property
     def inputs(self) -> Values:
         """What the block is given for the example batch.
 
@@ -111,7 +122,7 @@ class Site:
         Raises:
             ValueError: If no example batch was given.
         """
-        return carriers(self._rehearsed()[self.place.index])
+        return carriers(self.handed_up)
 
     @property
     def scores(self) -> Float[Tensor, "m classes ..."]:
@@ -152,6 +163,7 @@ class Context:
         batch: Number of the batch; draws that depend on it alone are the same in every executor and after a resume.
         sample_losses: Returns the loss of each sample, shape (batch,); only where the rule wants it and needs ERROR or more.
         source: The network's input; only where the rule needs TARGET or more.
+        scores_shape: Shape of the model's output for one sample, if that is one tensor; only where the rule needs TARGET or more.
         loss: Returns the user's loss of any scores for this batch, a scalar; only where the rule needs TARGET or more.
     """
 
@@ -168,6 +180,7 @@ class Context:
     batch: int = 0
     sample_losses: Callable[[], Tensor] | None = field(default=None, repr=False)
     source: Values = None
+    scores_shape: torch.Size | None = None
     loss: Callable[[Values], Tensor] | None = field(default=None, repr=False)
 
 

@@ -127,7 +127,7 @@ class Schedule:
             if clock.auxiliary(cell, batch):
                 kept |= {Kind.INPUT} if silence and self.auxiliary[cell] == Needs.ABOVE else {Kind.INPUT, Kind.AUXILIARY}
             kinds[cell] = (self._all_kinds[cell] | {Kind.MESSAGE}) & kept
-            silence = pace is Pace.REST
+            silence = not _KINDS_OF[pace]
         return kinds
 
     def actions_of(self, batch: int) -> int:
@@ -233,7 +233,7 @@ _BEFORE = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN, Kind.INPUT: Kin
 
 _BATCHES_REMEMBERED = 64
 
-_KINDS_OF = {Pace.LEARN: (Kind.LEARN,), Pace.REPORT: (Kind.MESSAGE,), Pace.REST: ()}
+_KINDS_OF = {Pace.LEARN: (Kind.LEARN,), Pace.REPORT: (Kind.MESSAGE,), Pace.REST: (), Pace.FREEZE: ()}
 
 
 def _offsets(

@@ -93,7 +93,11 @@ def _learn(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kind: K
             with full_precision(flight.loss.device.type):
                 flight.loss.backward()
         flight.loss = None
-    message = cell.learn(batch, above, error, kind)
+    try:
+        message = cell.learn(batch, above, error, kind)
+    except ValueError:
+        _refuse_what_is_not_finite(cell, batch, cell.outputs_of(batch))  # a clearer reason, if that is what it was
+        raise
     if cell.reports:
         assembly.links[cell.place.index - 1].send(batch, message)
 

@@ -146,3 +146,59 @@ def _initialise(module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         if parameter.dim() == 4:
             nn.init.kaiming_normal_(parameter, mode="fan_in", nonlinearity="relu")
+
+
+class SingleResidualBlock(nn.Module):
+    """One convolution and a shortcut, normalised again: y = relu(BN(relu(BN(conv(x))) + x)).
+
+    Args:
+        channels: That come in and go out.
+
+    Example:
+        >>> import torch
+        >>> SingleResidualBlock(4)(torch.zeros(2, 4, 6, 6)).shape
+        torch.Size([2, 4, 6, 6])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 5, padding=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels, affine=False)
+        self.bn2 = nn.BatchNorm2d(channels, affine=False)
+
+    @no_type_check
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Adds what the convolution makes of the input to the input."""
+        return F.relu(self.bn2(F.relu(self.bn1(self.conv(x))) + x))
+
+
+def single_resnet(
+    input_shape: tuple[int, int, int], classes: int, *, channels: int = 64, depth: int = 5, features: int = 512
+) -> nn.Sequential:
+    """The residual network of the paper on the HSIC bottleneck: one 5x5 convolution a block, then a dense layer and a classifier.
+
+    Args:
+        input_shape: (channels, height, width) of a sample; height and width from 5.
+        classes: How many class scores come out.
+        channels: Of each block, 1 or more.
+        depth: Residual blocks, 0 or more.
+        features: Units of the dense layer.
+
+    Returns:
+        The network; its children are its blocks.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> len(single_resnet((1, 28, 28), 10))
+        8
+
+    Reference:
+        Ma, Lewis, Kleijn 2019, arXiv 1908.01580, section 4 (ResNet); sizes as in the authors' code.
+    """
+    check_shape("single_resnet", input_shape, classes, smallest=5)
+    height, width = ((side - 5) // 2 + 1 for side in input_shape[1:])
+    stem = nn.Conv2d(input_shape[0], channels, 5, stride=2)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, features))
+    return nn.Sequential(stem, *(SingleResidualBlock(channels) for _ in range(depth)), dense, nn.Linear(features, classes))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from lockfree.recipes.critics import sobolev_critics
 from lockfree.recipes.gradient_noise import dni_noise
 from lockfree.recipes.jaderberg2016 import dni_sparse_updates, dni_table1, dni_unlocked
+from lockfree.recipes.ma2019 import hsic_depth, hsic_format, hsic_resnet, hsic_sigma, hsic_unformatted
 from lockfree.recipes.recipe import Recipe
 from lockfree.recipes.run import run
 from lockfree.recipes.trial import Trial
@@ -15,6 +16,11 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "dni-unlocked": dni_unlocked,
     "dni-noise": dni_noise,
     "sobolev-critics": sobolev_critics,
+    "hsic-unformatted": hsic_unformatted,
+    "hsic-format": hsic_format,
+    "hsic-sigma": hsic_sigma,
+    "hsic-resnet": hsic_resnet,
+    "hsic-depth": hsic_depth,
 }
 """Every recipe by its command-line name; it takes a budget: smoke, small or full."""
 

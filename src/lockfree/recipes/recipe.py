@@ -69,8 +69,8 @@ class Recipe:
         entries = []
         for key in self.keys():
             found = [results[trial.name] for trial in self._of(key) if trial.name in results]
-            errors = [one["test_error"] for one in found]
             panel, x, series = key
+            errors = [one["curve"][int(x) - 1] if "curve" in one else one["test_error"] for one in found]
             entries.append(
                 {
                     "panel": panel,
@@ -99,10 +99,11 @@ class Recipe:
 
     def keys(self) -> list[Key]:
         """Lists the entries of the table in the order of the trials."""
-        return list(dict.fromkeys((trial.panel, trial.x, trial.series) for trial in self.trials))
+        return list(dict.fromkeys((trial.panel, x, trial.series) for trial in self.trials for x in _places(trial)))
 
     def _of(self, key: Key) -> list[Trial]:
-        return [trial for trial in self.trials if (trial.panel, trial.x, trial.series) == key]
+        panel, x, series = key
+        return [trial for trial in self.trials if (trial.panel, trial.series) == (panel, series) and x in _places(trial)]
 
     def rows(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         """Returns header and rows of the table: a row for each panel and x, a column for each method; ours (the paper's)."""
@@ -154,6 +155,11 @@ class Recipe:
         (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.plot(summary, folder / "plot.png")
         return summary
+
+
+def _places(trial: Trial) -> list[float | int]:
+    """Returns where on the horizontal axis a trial has something to show."""
+    return list(range(1, trial.epochs - trial.hidden_epochs + 1)) if trial.x is None else [trial.x]
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:

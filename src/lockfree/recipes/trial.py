@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from lockfree import models, rules
 from lockfree.data import Dataset, Split, TensorLoader
-from lockfree.experiment import OPTIMIZERS, load_once
+from lockfree.experiment import load_once
 from lockfree.learner import Learner, convert
+from lockfree.readouts import order_on_evaluated
+from lockfree.rng import undisturbed
 from lockfree.run import Run
 from lockfree.trainer import Trainer, evaluate
 
@@ -24,8 +26,30 @@ FROZEN = "frozen"
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "fcn": lambda shape, classes, layers, units: models.mlp(shape, classes, hidden=(units,) * (layers - 1)),
     "cnn": lambda shape, classes, layers, units: models.pooled_cnn(shape, classes, channels=(units,) * (layers - 1)),
+    "normalised": lambda shape, classes, layers, units, last=None, **more: models.normalised_mlp(
+        shape, classes, hidden=_widths(layers, units, last), **more
+    ),
+    "residual": lambda shape, classes, layers, units, **more: models.single_resnet(
+        shape, classes, channels=units, depth=layers - 3, **more
+    ),
+    "side-by-side": lambda shape, classes, layers, units, last=None, **more: models.side_by_side(
+        shape, classes, hidden=_widths(layers, units, last), **more
+    ),
 }
 """Networks of any depth by name: so many layers, the classifier among them, the others ``units`` wide."""
+
+
+def _widths(layers: int, units: int, last: int | None) -> tuple[int, ...]:
+    """Returns the widths of all layers but the classifier; the last of them may differ."""
+    return (*(units,) * (layers - 2), units if last is None else last)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda groups, decay: torch.optim.Adam(groups, weight_decay=decay, fused=True),
+    "sgd": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay),
+    "momentum": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay, momentum=0.9),
+}
+"""Optimizers by name; sgd is without momentum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,58 +59,89 @@ class Trial:
     Attributes:
         panel: Part of the recipe's table and plot that it belongs to.
         series: Method, as the table calls it.
-        x: Place on the horizontal axis: a depth, a probability, ...
+        x: Place on the horizontal axis: a depth, a probability, ...; ``None``: a test error after each epoch, against epochs.
         seed: Decides initial weights, the order of the data, and what the rule draws.
         data: Data set.
         samples: Training images to use, from the first; ``None`` for all.
-        network: "fcn" or "cnn".
+        network: One of `NETWORKS`.
+        network_fields: What it is told besides.
         layers: Blocks, the classifier among them, 2 or more.
         units: Width of all but the classifier.
         rule: Command-line name of the rule, or "frozen".
         fields: Its hyperparameters.
-        steps: Batches to learn from, 1 or more; rounded up to whole epochs.
+        steps: Batches to learn from; rounded up to whole epochs.
+        epochs: Passes over the training images, in place of steps.
+        hidden_epochs: How many of them come before the first that is shown.
         batch_size: Samples in a batch.
-        learning_rate: Of the blocks' Adam.
+        shuffle: Whether each epoch has an order of its own.
+        pixels: Whether images are taken as they are, 0 to 1, not standardised.
+        optimizer: One of `OPTIMIZERS`.
+        learning_rate: Of the blocks.
+        top_learning_rate: Of the last block; the same if ``None``.
+        weight_decay: Of all of them.
+        order_on_evaluated: Read classes out in the HSIC paper's way: on the evaluated images themselves, with their labels.
         drops: Parts of the training, 0 to 1, after which the learning rates are divided by ten.
     """
 
     panel: str
     series: str
-    x: float | int
+    x: float | int | None
     seed: int
     data: str
     samples: int | None = None
     network: str = "fcn"
+    network_fields: dict[str, Any] = field(default_factory=dict)
     layers: int
     units: int
     rule: str
     fields: dict[str, Any] = field(default_factory=dict)
-    steps: int
+    steps: int = 0
+    epochs: int = 0
+    hidden_epochs: int = 0
     batch_size: int = 256
+    shuffle: bool = True
+    pixels: bool = False
+    optimizer: str = "adam"
     learning_rate: float = 1e-3
+    top_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    order_on_evaluated: bool = False
     drops: tuple[float, ...] = (0.6, 0.8)
 
     @property
     def name(self) -> str:
         """A name that no other trial of the recipe has and that a folder may have."""
-        words = f"{self.panel} {self.series} {self.x:g} seed {self.seed}".lower()
+        place = "" if self.x is None else f" {self.x:g}"
+        words = f"{self.panel} {self.series}{place} seed {self.seed}".lower()
         return "".join(c if c.isalnum() or c in ".-" else "-" for c in words)
 
     def learner(self, dataset: Dataset) -> Learner:
         """Makes network and learner."""
         torch.manual_seed(self.seed)
-        network = NETWORKS[self.network](dataset.input_shape, len(dataset.classes), self.layers, self.units)
+        shape, classes = dataset.input_shape, len(dataset.classes)
+        network = NETWORKS[self.network](shape, classes, self.layers, self.units, **self.network_fields)
         network.to(dataset.train.inputs.device)
         frozen = self.rule == FROZEN
-        for block in list(network.children())[:-1] if frozen else ():
+        *below, top = network.children()
+        for block in below if frozen else ():
             block.requires_grad_(False)
         return convert(
             network,
             rules.get("backprop" if frozen else self.rule, **self.fields),
             loss=F.cross_entropy,
-            optimizer=lambda parameters: OPTIMIZERS["adam"](parameters, lr=self.learning_rate),
+            optimizer=lambda parameters: self._optimizer(parameters, list(top.parameters())),
             example_input=dataset.train.inputs[:2],
         )
+
+    def _optimizer(self, parameters: list[nn.Parameter], top: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.top_learning_rate is None:
+            return OPTIMIZERS[self.optimizer]([{"params": parameters, "lr": self.learning_rate}], self.weight_decay)
+        above = {id(parameter) for parameter in top}
+        groups = [
+            {"params": [p for p in parameters if (id(p) in above) == last], "lr": rate}
+            for last, rate in ((False, self.learning_rate), (True, self.top_learning_rate))
+        ]
+        return OPTIMIZERS[self.optimizer](groups, self.weight_decay)
 
     def run(self, folder: Path, device: str = "cpu") -> dict[str, Any]:
         """Trains, or goes on from the last checkpoint in the folder, and returns errors in per cent and seconds.
@@ -109,19 +164,46 @@ class Trial:
         if run.result is not None:
             return run.result
         dataset = load_once(self.data, device)
+        if self.pixels:
+            dataset = as_pixels(dataset)
         train = Split(*(part[: self.samples] for part in dataset.train))
-        loader = TensorLoader(*train, batch_size=self.batch_size, seed=self.seed)
-        epochs = max(1, math.ceil(self.steps / len(loader)))
+        loader = TensorLoader(*train, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed)
+        epochs = self.epochs or max(1, math.ceil(self.steps / len(loader)))
         learner = self.learner(dataset)
         optimizers = [one for one in (learner.optimizer, learner.auxiliary_optimizer) if one is not None]
         milestones = [round(part * epochs) for part in self.drops]
         schedulers = [torch.optim.lr_scheduler.MultiStepLR(one, milestones, gamma=0.1) for one in optimizers]
-        trainer = Trainer(learner, run=run, resume=resume, scheduler=schedulers, log_every=100)
+
+        def read(kind: str, values: dict[str, Any]) -> None:
+            if kind == "epoch":
+                run.log("reading", epoch=values["epoch"], step=values["step"], test_error=self._error(learner, dataset.test))
+
+        sinks = [read] if self.x is None else []
+        trainer = Trainer(learner, run=run, resume=resume, scheduler=schedulers, log_every=100, sinks=sinks)
         summary = trainer.fit(loader, epochs=epochs)
-        errors = {
-            f"{name}_error": 100 * (1 - (evaluate(learner, TensorLoader(*part, batch_size=1000, shuffle=False)).accuracy or 0))
-            for name, part in (("test", dataset.test), ("train", Split(*(part[:10_000] for part in train))))
-        }
+        seen = Split(*(part[:10_000] for part in train))
+        errors: dict[str, Any] = {"test_error": self._error(learner, dataset.test), "train_error": self._error(learner, seen)}
+        if self.x is None:
+            readings = [line["test_error"] for line in run.metrics() if line["kind"] == "reading"]
+            errors["curve"] = readings[self.hidden_epochs :]
         result = {**errors, "steps": summary.steps, "seconds": summary.seconds, "locks": sorted(learner.locks)}
         run.finish(result)
         return result
+
+    def _error(self, learner: Learner, split: Split) -> float:
+        """Returns the error in per cent."""
+        if not self.order_on_evaluated:
+            accuracy = evaluate(learner, TensorLoader(*split, batch_size=1000, shuffle=False)).accuracy
+            return 100 * (1 - (accuracy or 0))
+        with undisturbed(learner.model), torch.no_grad():  # in training mode, as theirs
+            outputs = torch.cat([learner.model(x) for x in split.inputs.split(self.batch_size)]).flatten(1)
+        order = order_on_evaluated(outputs, split.targets, int(split.targets.max()) + 1)
+        return 100 * (1 - (outputs[:, order].argmax(1) == split.targets).double().mean().item())
+
+
+def as_pixels(dataset: Dataset) -> Dataset:
+    """Returns a data set with images from 0 to 1 in each channel, undoing its standardisation."""
+    darkest = dataset.train.inputs.amin((0, 2, 3), keepdim=True)
+    range_ = (dataset.train.inputs.amax((0, 2, 3), keepdim=True) - darkest).clamp_min(1e-12)
+    train, test = (Split((split.inputs - darkest) / range_, split.targets) for split in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test)

@@ -9,6 +9,7 @@ from lockfree.rule import Rule
 from lockfree.rules.backprop import Backprop
 from lockfree.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from lockfree.rules.feedback_alignment import FeedbackAlignment
+from lockfree.rules.hsic_bottleneck import HSICBottleneck
 from lockfree.rules.synthetic_gradients import SyntheticGradients
 
 RULES: dict[str, Callable[..., Rule]] = {
@@ -17,6 +18,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "cdni": partial(SyntheticGradients, conditioned=True),
     "fa": FeedbackAlignment,
     "dfa": DirectFeedbackAlignment,
+    "hsic": HSICBottleneck,
 }
 """Every rule by its command-line name."""
 
@@ -38,4 +40,4 @@ def get(name: str, **fields: Any) -> Rule:
     return choose(RULES, name, "rule")(**fields)
 
 
-__all__ = ["RULES", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "SyntheticGradients", "get"]
+__all__ = ["RULES", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "HSICBottleneck", "SyntheticGradients", "get"]

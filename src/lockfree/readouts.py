@@ -1,0 +1,278 @@
+"""Where classes are read out of a network whose blocks learn from objectives of their own."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int64
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from lockfree.objective import describe
+from lockfree.rule import Context, Needs, Pace, Place, Site, Trained
+from lockfree.values import Values, carrying, tensors
+
+
+class Readout(ABC):
+    """How the class scores come about, and what has to learn for it."""
+
+    def supervises(self, place: Place) -> bool:
+        """Whether the block learns from the user's loss, not from the rule's own objective."""
+        return False
+
+    def pace(self, place: Place, batch: int) -> Pace:
+        """What a block does with a batch."""
+        return Pace.LEARN
+
+    @property
+    def paced(self) -> bool:
+        """Whether `pace` is ever anything but LEARN."""
+        return False
+
+    def auxiliary_needs(self, place: Place) -> Needs | None:
+        """What the auxiliary network must have received before it may learn."""
+        return None
+
+    def build(self, site: Site) -> nn.Module | None:
+        """Makes the auxiliary network of one cell."""
+        return None
+
+    def learn(self, context: Context) -> Tensor | None:
+        """Lets the auxiliary network learn; returns its loss, if it has one."""
+        return None
+
+    @abstractmethod
+    def predict(self, trained: Trained, inputs: Values) -> Values:
+        """Returns the scores of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Readout):
+    """The top block learns from the loss, on what the blocks below hand up: along with them, or once they are frozen.
+
+    With ``after`` this is format training: the blocks learn for so many batches while the top one rests, then they are frozen, in
+    evaluation mode, and the top one learns alone.
+
+    Attributes:
+        after: Batches before the top block begins, 0 or more; 0: it learns along.
+
+    Reference:
+        Ma, Lewis, Kleijn 2019, arXiv 1908.01580, section 3 (format training).
+    """
+
+    after: int = 0
+
+    @property
+    def paced(self) -> bool:
+        return self.after > 0
+
+    def supervises(self, place: Place) -> bool:
+        return place.top
+
+    def pace(self, place: Place, batch: int) -> Pace:
+        if batch < self.after:
+            return Pace.REST if place.top else Pace.LEARN
+        return Pace.LEARN if place.top or not self.after else Pace.FREEZE
+
+    def predict(self, trained: Trained, inputs: Values) -> Values:
+        return trained.model(inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneHot(Readout):
+    """The top block's own units are the classes, in an order that is found on the training set.
+
+    Its mean output for each class is kept over the last hundred batches or so; each class is given the unit of its own with
+    which the sum of the means is largest (the assignment problem).
+
+    Attributes:
+        classes: How many; as many as the model has outputs if ``None``.
+
+    Reference:
+        Ma, Lewis, Kleijn 2019, arXiv 1908.01580, section 3 (unformatted training). The authors find the order on the evaluated
+        samples, with their labels: `order_on_evaluated` is for comparing with that.
+    """
+
+    classes: int | None = None
+
+    def auxiliary_needs(self, place: Place) -> Needs | None:
+        return Needs.TARGET if place.top else None
+
+    def build(self, site: Site) -> nn.Module | None:
+        if not site.place.top:
+            return None
+        units = site.scores[0].numel()
+        classes = units if self.classes is None else self.classes
+        if classes > units:
+            raise ValueError(f"{classes} classes cannot be read out of {units} outputs: widen the model's last layer")
+        return _ClassMeans(classes, units).to(site.scores)
+
+    def learn(self, context: Context) -> Tensor | None:
+        means, (outputs,) = cast("_ClassMeans", context.auxiliary), context.outputs
+        means.take(outputs.flatten(1), context.target)
+        return None
+
+    def predict(self, trained: Trained, inputs: Values) -> Values:
+        means = cast("_ClassMeans", trained.auxiliaries[-1])
+        return trained.model(inputs).flatten(1)[:, order_of(means.means())]
+
+
+class _ClassMeans(nn.Module):
+    """Running sums of outputs by class."""
+
+    def __init__(self, classes: int, units: int) -> None:
+        super().__init__()
+        self.register_buffer("sums", torch.zeros(classes, units))
+        self.register_buffer("counts", torch.zeros(classes, 1))
+
+    def take(self, outputs: Float[Tensor, "m units"], target: Tensor) -> None:
+        """Adds a batch; what was there counts for a hundredth less."""
+        sums, counts = cast("Tensor", self.sums), cast("Tensor", self.counts)
+        if target.shape != outputs.shape[:1] or target.is_floating_point():
+            raise ValueError(f"classes are read out of class numbers of shape (batch,), the targets are {describe(target)}")
+        known = (target >= 0) & (target < len(sums))  # others are ignored by the loss, too
+        for total, value in ((sums, outputs.to(sums.dtype)), (counts, torch.ones_like(outputs[:, :1], dtype=sums.dtype))):
+            total.mul_(0.99).index_add_(0, target[known], value[known])
+
+    def means(self) -> Float[Tensor, "classes units"]:
+        """Returns the mean output for each class; 0 for one that has not been seen."""
+        sums, counts = cast("Tensor", self.sums), cast("Tensor", self.counts)
+        return sums / counts.clamp_min(torch.finfo(counts.dtype).tiny)
+
+
+def order_of(means: Float[Tensor, "classes units"]) -> Int64[Tensor, " classes"]:
+    """Gives each class a unit of its own so that the sum of the class means is largest.
+
+    Args:
+        means: Mean output of each unit for each class; as many units as classes, or more.
+
+    Example:
+        >>> order_of(torch.tensor([[0.1, 0.9], [0.2, 0.3]])).tolist()
+        [1, 0]
+    """
+    _, units = linear_sum_assignment(means.cpu().numpy(), maximize=True)
+    return torch.from_numpy(units).to(means.device)
+
+
+def order_on_evaluated(
+    outputs: Float[Tensor, "m units"], target: Int64[Tensor, " m"], classes: int
+) -> Int64[Tensor, " classes"]:
+    """Gives classes units greedily, by their mean output on the evaluated samples themselves, as the authors of the paper do.
+
+    It uses the labels that it is judged by, so it is for comparing with published numbers alone.
+
+    Args:
+        outputs: The top block's outputs.
+        target: The classes.
+        classes: How many; at most as many as units.
+
+    Example:
+        >>> order_on_evaluated(torch.tensor([[0.1, 0.9], [0.8, 0.3]]), torch.tensor([0, 1]), 2).tolist()
+        [1, 0]
+
+    Reference:
+        Ma, Lewis, Kleijn 2019, arXiv 1908.01580; the authors' code.
+    """
+    member = nn.functional.one_hot(target, classes).to(outputs.dtype)
+    means = (member.T @ outputs) / member.sum(0).clamp_min(1)[:, None]
+    order = torch.zeros(classes, dtype=torch.int64, device=outputs.device)
+    for _ in range(classes):
+        label, unit = divmod(int(means.argmax()), means.shape[1])
+        order[label] = unit
+        means[label], means[:, unit] = -torch.inf, -torch.inf
+    return order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads(Readout):
+    """Each block has a linear head on its detached output, which learns from the user's loss; one of them gives the scores.
+
+    Attributes:
+        head: The block whose head is read; negative numbers count from the top.
+    """
+
+    head: int = -1
+
+    def auxiliary_needs(self, place: Place) -> Needs | None:
+        return Needs.TARGET
+
+    def build(self, site: Site) -> nn.Module | None:
+        if not -site.place.count <= self.head < site.place.count:
+            raise ValueError(f"head={self.head}: this model has blocks 0 to {site.place.count - 1}")
+        return _SummedHeads(site)
+
+    def learn(self, context: Context) -> Tensor | None:
+        if not context.outputs:
+            return None
+        assert context.auxiliary is not None
+        assert context.loss is not None
+        with torch.enable_grad():
+            loss = context.loss(context.auxiliary(context.outputs))
+            loss.backward()
+        return loss.detach()
+
+    def predict(self, trained: Trained, inputs: Values) -> Values:
+        top = range(len(trained.blocks))[self.head]
+        values = inputs
+        for block in trained.blocks[: top + 1]:
+            values = block(values)
+        heads = cast("_SummedHeads", trained.auxiliaries[top])
+        return heads([tensor for tensor, carries in zip(tensors(values), heads.carrying, strict=True) if carries])
+
+
+class _SummedHeads(nn.Module):
+    """A head for each tensor that a block hands up; the scores are their sum."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.carrying = carrying(site.handed_up)
+        self.heads = nn.ModuleList(Head(y, site.scores) for y in site.outputs)
+
+    def forward(self, outputs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+        scores = [head(y) for head, y in zip(self.heads, outputs, strict=True)]
+        return torch.stack(scores).sum(0)
+
+
+class Head(nn.Module):
+    """A linear map from a block's output to scores of the model's own shape; it starts at 0.
+
+    Of images no more than 2,048 features are kept, by taking means over patches. Where output and scores are sequences of the same
+    length, each place is read out on its own.
+
+    Args:
+        y: An example of the output, shape (m, ...).
+        scores: An example of the model's output, shape (m, ...).
+
+    Example:
+        >>> Head(torch.zeros(2, 64, 14, 14), torch.zeros(2, 10))(torch.ones(3, 64, 14, 14)).shape
+        torch.Size([3, 10])
+
+    Reference:
+        Nøkland, Eidnes 2019, arXiv 1901.06656, section 2.1, whose local classifier this is.
+    """
+
+    def __init__(self, y: Tensor, scores: Tensor) -> None:
+        super().__init__()
+        self.pool: nn.Module = nn.Identity()
+        if y.dim() == 4 and y[0].numel() > _MOST_FEATURES:
+            side = max(1, int((_MOST_FEATURES / y.shape[1]) ** 0.5))
+            self.pool = nn.AdaptiveAvgPool2d((min(side, y.shape[2]), min(side, y.shape[3])))
+        self._sequence = y.dim() > 2 and scores.dim() > 2 and y.shape[1:-1] == scores.shape[1:-1]
+        self._shape = scores.shape[1:]
+        if self._sequence:
+            self.linear = nn.Linear(y.shape[-1], scores.shape[-1])
+        else:
+            self.linear = nn.Linear(self.pool(y[:1]).numel(), scores[0].numel())
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.to(y.device, y.dtype)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Returns the scores."""
+        if self._sequence:
+            return self.linear(y)
+        return self.linear(self.pool(y).flatten(1)).unflatten(1, self._shape)
+
+
+_MOST_FEATURES = 2048
