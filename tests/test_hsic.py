@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -153,7 +154,9 @@ def pair(seed, m, d, other, dtype=F64):
     """Two dependent sets of samples."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, d, generator=generator, dtype=F64)
-    y = x @ torch.randn(d, other, generator=generator, dtype=F64) / d**0.5 + torch.randn(m, other, generator=generator, dtype=F64)
+    y = x @ torch.randn(d, other, generator=generator, dtype=F64) / d**0.5 + torch.randn(
+        m, other, generator=generator, dtype=F64
+    )
     return x.to(dtype), y.to(dtype)
 
 
@@ -245,8 +248,7 @@ def test_sums_are_taken_in_float32_or_better(name, kernel):
     (kernel, gram), (x, y) = KERNELS[kernel], pair(5, 14, 5, 20)
     both = {"kernel_x": kernel, "kernel_y": kernel}
     for dtype in (torch.float16, torch.bfloat16, F32, F64, torch.int64, torch.uint8, torch.bool):
-        scale = 1 if dtype.is_floating_point else 3
-        a, b = ((scale * one).abs().to(dtype) for one in (x, y))
+        a, b = ((3 * one).relu().to(dtype) for one in (x, y))
         better = F64 if dtype == F64 else F32
         found = measure(a, b, **both)
         assert found.dtype == better
@@ -290,7 +292,7 @@ def test_what_is_above_chance_is_the_normalised_hsic_less_its_mean_over_permutat
         orders = [np.random.default_rng(seed).permutation(30) for seed in range(200)]
         spread = np.std([(R * S[order][:, order]).sum() for order in orders])
         assert found.item() == pytest.approx(naive_above_chance(K, L, 1e-2), abs=4 * spread / 2000**0.5)
-        assert found > 5 * spread
+        assert found > 2 * spread
     independent = [above_chance(*torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(s))).item() for s in range(30)]
     assert abs(np.mean(independent)) < 3 * np.std(independent) / 30**0.5
     assert max(map(abs, independent)) < 0.1 * nhsic(*torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0)))
@@ -324,9 +326,9 @@ def test_what_leaves_distances_or_angles_alone_changes_nothing():
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 def test_alignment_does_not_depend_on_the_scale_in_float32(estimator, scale):
     x, y = pair(11, 40, 10, 10, F32)
-    for given in ((x, y), (x.repeat(1, 5), y.repeat(1, 5))):
+    for both in ((x, y), (x.repeat(1, 5), y.repeat(1, 5))):
         one, other = (
-            cka(*(k * g for g in given), kernel_x=Linear(), kernel_y=Linear(), estimator=estimator) for k in (1, scale)
+            cka(*(k * one for one in both), kernel_x=Linear(), kernel_y=Linear(), estimator=estimator) for k in (1, scale)
         )
         close(other, one, rtol=1e-3, atol=1e-4)
 
@@ -445,17 +447,17 @@ def test_a_balance_of_zero_ignores_the_targets_and_less_is_refused(make):
             make(balance=balance)
 
 
-def test_normalised_hsic_in_float32_is_near_float64():
-    """The facts' check at the ridge 1e-5, for gradients in dual and primal form."""
-    y = F.one_hot(torch.arange(64) % 10)
-    for kernel, tolerance in ((Gaussian(5.0), 0.02), (Linear(), 0.02)):
-        found = {}
-        for dtype in (F32, F64):
-            z, x = (one.to(dtype) for one in pair(17, 64, 20, 30))
-            objective = NormalisedHSIC(balance=100.0)
-            constants = objective.constants(Gaussian().contrast(x), Gaussian().contrast(y.to(dtype)))
-            found[dtype] = objective.gradient(kernel, z, constants).double()
-        assert (found[F32] - found[F64]).norm() < tolerance * found[F64].norm()
+@pytest.mark.parametrize("kernel", [Gaussian(5.0), Linear(), Cosine()], ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("d", [20, 100])
+def test_the_gradient_in_float32_is_near_that_in_float64(kernel, d):
+    """At the usual ridge and balance, in primal and dual form: the weights' rows sum to 0, and what rounding adds must not count."""
+    y, found = F.one_hot(torch.arange(64) % 10), {}
+    for dtype in (F32, F64):
+        z, x = (one.to(dtype) for one in pair(17, 64, d, 30))
+        objective = NormalisedHSIC(balance=100.0)
+        constants = objective.constants(Gaussian().contrast(x), Gaussian().contrast(y.to(dtype)))
+        found[dtype] = objective.gradient(kernel, z, constants).double()
+    assert (found[F32] - found[F64]).norm() < 5e-3 * found[F64].norm()
 
 
 # ---- approximate kernels -------------------------------------------------------------------------------------------------------
@@ -525,7 +527,7 @@ def test_approximations_are_drawn_by_their_seed_alone(make):
 
 # ---- precision -----------------------------------------------------------------------------------------------------------------
 
-SURROUNDINGS = list(itertools.product([False, True], ["highest", "high", "medium"]))[1:]
+SURROUNDINGS = [(True, "highest"), (False, "high"), (False, "medium"), (True, "medium")]
 
 
 @pytest.fixture
@@ -545,29 +547,27 @@ def surrounded(function, low, precision):
 
 
 @pytest.mark.usefixtures("_ambient")
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 @pytest.mark.parametrize("kernel", ["gaussian", "linear", "cosine", "grouped cosine", "fourier", "nystrom"])
-@pytest.mark.parametrize("name", [*MEASURES, "above_chance"])
-def test_values_and_gradients_do_not_depend_on_the_surrounding_precision(name, kernel):
-    """Wherever the gradient is asked for: outside of autocast or inside, as `autocast` around a whole step has it."""
-    measure = above_chance if name == "above_chance" else MEASURES[name][0]
-    kernel, _ = ALL[kernel]
-    x, y = pair(23, 48, 32, 32, F32)
+def test_values_and_gradients_do_not_depend_on_the_surrounding_precision(kernel, inside):
+    """Bit for bit, wherever the gradient is asked for: outside of autocast or inside, as `autocast` around a whole step has it."""
+    (kernel, _), (x, y) = ALL[kernel], pair(23, 48, 32, 32, F32)
+    for measure in [measure for measure, _ in MEASURES.values()] + [above_chance]:
 
-    def value():
-        leaf = x.clone().requires_grad_()
-        return leaf, measure(leaf, y, kernel_x=kernel, kernel_y=kernel)
+        def value(leaf, measure=measure):
+            return measure(leaf, y, kernel_x=kernel, kernel_y=kernel)
 
-    def value_and_gradient():
-        leaf, found = value()
-        return found, *torch.autograd.grad(found, leaf)
+        def both(around, value=value):
+            leaf = x.clone().requires_grad_()
+            if inside:
+                return surrounded(lambda: (found := value(leaf), *torch.autograd.grad(found, leaf)), *around)
+            found = surrounded(lambda: value(leaf), *around)
+            torch.set_float32_matmul_precision("highest")
+            return found, *torch.autograd.grad(found, leaf)
 
-    plain = surrounded(value_and_gradient, False, "highest")
-    for around in SURROUNDINGS:
-        leaf, found = surrounded(value, *around)
-        torch.set_float32_matmul_precision("highest")
-        assert torch.equal(found, plain[0])
-        assert torch.equal(torch.autograd.grad(found, leaf)[0], plain[1])
-        assert all(map(torch.equal, surrounded(value_and_gradient, *around), plain))
+        plain = both((False, "highest"))
+        for around in SURROUNDINGS:
+            assert all(map(torch.equal, both(around), plain))
 
 
 @pytest.mark.usefixtures("_ambient")
@@ -634,6 +634,8 @@ def test_the_usual_sigma_makes_the_gaussian_a_linear_kernel():
     off = ~torch.eye(128, dtype=torch.bool)
     assert Gaussian(5.0).gram(z)[off].mean().item() == pytest.approx(0.985, abs=2e-3)
     assert Gaussian(5.0).gram(labels)[off].min().item() == pytest.approx(math.exp(-2 / 500), rel=1e-9)  # .996
+    ridged = (1 - math.exp(-2 / 500)) / 10 / ((1 - math.exp(-2 / 500)) / 10 + 1e-5)  # nine directions, each K / (K + ridge)
+    close(nhsic(labels[:120], labels[:120]), 9 * ridged**2, rtol=1e-6)
     for sigma, least in ((5.0, 0.9999), (1.0, 0.99)):
         found = naive_cka(naive_gaussian(sigma)(z.numpy()), (z @ z.T).numpy())
         close(cka(z, z, sigma_x=sigma, kernel_y=Linear()), found)
@@ -641,14 +643,14 @@ def test_the_usual_sigma_makes_the_gaussian_a_linear_kernel():
 
 
 @pytest.mark.parametrize(
-    ("m", "d", "chance"), [(128, 64, 4.27), (128, 256, 7.55), (128, 1024, 7.93), (256, 64, 2.22), (256, 256, 5.71), (512, 64, 1.2)]
+    ("m", "d", "chance"),
+    [(128, 64, 4.27), (128, 256, 7.55), (128, 1024, 7.93), (256, 64, 2.22), (256, 256, 5.71), (512, 64, 1.2)],
 )
 def test_chance_levels_of_the_normalised_hsic(m, d, chance):
     """Ten classes, features that know nothing of them: between 0 and 9, and most of it where features are not few."""
     z, labels = relu_normal(m, d), F.one_hot(torch.arange(m) % 10).to(F64)
     assert nhsic(z, labels).item() == pytest.approx(chance, rel=0.05)
     assert abs(above_chance(z, labels).item()) < 0.1 * chance
-    assert nhsic(labels, labels).item() == pytest.approx(9, rel=0.03)
 
 
 # ---- what is given -------------------------------------------------------------------------------------------------------------
@@ -673,14 +675,13 @@ def spoilt(value):
         (GOOD.to_sparse(), "to_dense"),
         (GOOD + 1j, "view_as_real"),
         (torch.zeros(6, 0), r"shape \(6, 0\)"),
-        (GOOD[:5], "5 samples and y 6|6 samples and y 5"),
     ],
-    ids=["nan", "inf", "half inf", "sparse", "complex", "no features", "fewer"],
+    ids=["nan", "inf", "half inf", "sparse", "complex", "no features"],
 )
 def test_samples_that_cannot_be_measured_are_refused_on_either_side(bad, message, function):
-    for given in ((bad, GOOD), (GOOD, bad)):
+    for both in ((bad, GOOD), (GOOD, bad)):
         with pytest.raises(ValueError, match=message):
-            function(*given)
+            function(*both)
 
 
 @pytest.mark.parametrize(
@@ -719,15 +720,16 @@ def test_numbers_out_of_range_are_refused(call, message):
         call(GOOD)
 
 
-def test_what_the_type_checker_of_these_tests_would_catch_is_refused_without_it_too():
+def test_what_the_type_checker_of_these_tests_would_catch_is_refused_without_it_too(monkeypatch):
     spec = importlib.util.spec_from_file_location("unchecked", lockfree.hsic.estimators.__file__)
     unchecked = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(importlib.import_module("sys").modules, "unchecked", unchecked)
-        spec.loader.exec_module(unchecked)
+    monkeypatch.setitem(sys.modules, "unchecked", unchecked)
+    spec.loader.exec_module(unchecked)
     for function in (unchecked.hsic, unchecked.cka):
         with pytest.raises(ValueError, match="estimator 'unbiassed': did you mean 'unbiased'"):
             function(GOOD, GOOD, estimator="unbiassed")
+        with pytest.raises(ValueError, match="x holds 6 samples and y 5"):
+            function(GOOD, GOOD[:5])
     with pytest.raises(ValueError, match="samples along the first dimension"):
         unchecked.hsic(torch.tensor(1.0), GOOD)
 
@@ -743,22 +745,23 @@ def test_constant_features_depend_on_nothing(m, d, kernel, dtype):
         x = torch.linspace(value, 1, d, dtype=dtype).repeat(m, 1)
         for estimator in ("biased", "unbiased"):
             assert abs(hsic(x, y, kernel_x=kernel, estimator=estimator).item()) < 1e-8
-            for given in ((x, y), (y, x)):
-                sides = {"kernel_x": kernel} if given[0] is x else {"kernel_y": kernel}
+            for both in ((x, y), (y, x)):
+                sides = {"kernel_x": kernel} if both[0] is x else {"kernel_y": kernel}
                 with pytest.raises(ValueError, match="does not vary"):
-                    cka(*given, estimator=estimator, **sides)
+                    cka(*both, estimator=estimator, **sides)
         assert abs(nhsic(x, y, kernel_x=kernel).item()) < 1e-3
         assert abs(above_chance(x, y, kernel_x=kernel).item()) < 1e-3
 
 
 def test_one_class_only_and_whole_numbers_are_right():
     labels = F.one_hot(torch.zeros(6, dtype=torch.int64), 4)
-    assert hsic(GOOD, labels) == nhsic(GOOD, labels) == above_chance(GOOD, labels) == 0
+    for function in (hsic, nhsic, above_chance):
+        assert abs(function(GOOD, labels).item()) < 1e-5
     with pytest.raises(ValueError, match="y does not vary"):
         cka(GOOD, labels)
     leaf = GOOD.clone().requires_grad_()
     (hsic(leaf, labels) + nhsic(leaf, labels)).backward()
-    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+    assert leaf.grad.abs().max() < 1e-4
     classes = torch.tensor([0, 2, 1, 2, 0, 1])  # one feature, a number
     K, L = naive_gaussian(5.0)(GOOD.double().numpy()), naive_gaussian(5.0)(classes.double().numpy()[:, None])
     close(hsic(GOOD, classes), naive_biased(K, L), rtol=1e-4)
@@ -774,5 +777,7 @@ def test_all_zero_samples_have_no_angle():
     leaf = x.clone().requires_grad_()
     nhsic(leaf, GOOD.double(), kernel_x=Cosine()).backward()
     assert leaf.grad.isfinite().all()
-    with pytest.raises(ValueError, match="does not vary"):
-        cka(torch.zeros(6, 3), GOOD, kernel_x=Nystrom(Linear()))
+
+
+def test_landmarks_of_samples_that_are_all_zero_give_the_kernel_0():
+    assert hsic(torch.zeros(6, 3), GOOD, kernel_x=Nystrom(Linear())) == 0

@@ -209,8 +209,8 @@ BAD = {
     "labels too low": (lambda x, y: (x, y - 1), "class numbers from -1 to 1, but the model gives scores for 3 classes, 0 to 2"),
     "empty batch": (lambda x, y: (x[:0], y[:0]), "the batch is empty"),
     "one sample": (lambda x, y: (x[:1], y[:1]), r"one sample cannot be normalised by BatchNorm \('1'\)"),
-    "not a number": (lambda x, y: (x * math.nan, y), "the loss is nan"),
-    "infinite": (lambda x, y: (x.where(x != x[0, 0], math.inf), y), "the loss is nan"),
+    "not a number": (lambda x, y: (x * math.nan, y), "the loss is nan|cell 0 .* not finite"),
+    "infinite": (lambda x, y: (x.where(x != x[0, 0], math.inf), y), "the loss is nan|cell 0 .* not finite"),
     "no tensor": (lambda x, y: (None, y), "without a batched tensor"),
 }
 # What a learner that has seen good batches of the same kind lets past its first look.

@@ -102,7 +102,11 @@ class OneHot(Readout):
     def build(self, site: Site) -> nn.Module | None:
         if not site.place.top:
             return None
-        units = site.scores[0].numel()
+        if site.scores.dim() != 2:
+            raise ValueError(
+                f"classes are read out of class scores (batch, units), this model gives {tuple(site.scores.shape)}"
+            )
+        units = site.scores.shape[1]
         classes = units if self.classes is None else self.classes
         if classes > units:
             raise ValueError(f"{classes} classes cannot be read out of {units} outputs: widen the model's last layer")

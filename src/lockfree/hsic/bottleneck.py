@@ -32,7 +32,7 @@ class Bottleneck(ABC):
 
     @abstractmethod
     def constants(self, x: Gram, y: Gram) -> Gram:
-        """Returns what the blocks share of the contrasts of X and Y."""
+        """Returns what the blocks share of the Gram matrices of X and Y, or of their contrasts where that is as good."""
 
     @abstractmethod
     def weights(self, z: Gram, constants: Gram) -> Gram:
@@ -44,13 +44,13 @@ class Bottleneck(ABC):
 
     def gradient(self, kernel: Kernel, z: Samples, constants: Gram) -> Samples:
         """Returns dL/dz, in primal form where the kernel has fewer features than there are samples."""
-        width = kernel.width(z)
+        kernel, width = kernel.settled(z), kernel.width(z)
         if width is None or width >= len(z):
             found = kernel.contrast(z)
             return kernel.pullback(z, found, self.weights(found, constants))
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
-            features = Side.of(kernel, leaf).features
+            features = Side(kernel, leaf).features
             assert features is not None
             (gradient,) = torch.autograd.grad(features, leaf, self.feature_gradient(features.detach(), constants))
         return gradient
@@ -83,7 +83,8 @@ class NormalisedHSIC(Bottleneck):
     def weights(self, z: Gram, constants: Gram) -> Gram:
         ridge = self.epsilon * len(z)
         inverse = torch.cholesky_inverse(ridged_factor(centred(z), ridge))
-        return inverse @ (constants @ inverse).mul_(ridge)
+        # Its rows sum to 0 but for rounding, which a kernel close to 1 everywhere would make much of.
+        return centred(inverse @ (constants @ inverse).mul_(ridge))
 
     def feature_gradient(self, features: Float[Tensor, "m D"], constants: Gram) -> Float[Tensor, "m D"]:
         factor = ridged_factor(features.T @ features, self.epsilon * len(features))

@@ -1,13 +1,13 @@
 r"""Kernels: how alike two samples are, with the analytic gradient of whatever is made of it.
 
 The Gaussian's bandwidth is in units of one feature: $k(a, b) = \exp(-|a - b|^2 / 2\sigma^2 d)$ with d features, so that one
-$\sigma$ serves layers of any width. Products and factorisations are taken in float32 or better, whatever autocast or the
-ambient precision of products says.
+$\sigma$ serves layers of any width.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ Gram = Float[Tensor, "m m"]
 
 
 class Kernel(ABC):
-    """A similarity of samples.
+    """A similarity of samples; whoever calls it sees to the precision of products (`lockfree.precision.exact_products`).
 
     Estimators do not change when a number, or a term that depends on one of the two samples alone, is added to a kernel; so they
     work on `contrast`, which leaves such terms out and loses no digits to them.
@@ -45,13 +45,17 @@ class Kernel(ABC):
 
     @abstractmethod
     def pullback(self, x: Samples, contrast: Gram, weights: Gram) -> Samples:
-        r"""Returns the gradient of $\sum_{ij} w_{ij} k(x_i, x_j)$ for symmetric weights.
+        r"""Returns the gradient of $\sum_{ij} w_{ij} c_{ij}$ for symmetric weights, c the contrast.
 
         Args:
             x: The samples.
             contrast: What `contrast` returned for them.
             weights: w.
         """
+
+    def settled(self, x: Samples) -> "Kernel":
+        """Returns the kernel with all that depends on the samples as a whole decided; a constant for gradients."""
+        return self
 
     def width(self, x: Samples) -> int | None:
         """Returns how many features `features` would give; ``None`` if the kernel is no product of finitely many."""
@@ -69,7 +73,8 @@ class Gaussian(Kernel):
     Used exactly: $2m^2d$ operations for distances and as many for the gradient, $m^2$ exponentials.
 
     Attributes:
-        sigma: $\sigma$, above 0, in units of one feature; ``None``: $2\sigma^2 d$ is the median squared distance of the samples.
+        sigma: $\sigma$, above 0, in units of one feature; ``None``: $2\sigma^2 d$ is the (lower) median of the samples' squared
+            distances, a constant for gradients.
 
     Raises:
         ValueError: If ``sigma`` is not positive.
@@ -93,23 +98,34 @@ class Gaussian(Kernel):
         middle = x.mean(0)
         a, b = x - middle, others - middle
         distances = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
-        return torch.exp(-distances * self._rate(distances.detach(), x.shape[1]))
+        return torch.exp(-distances * self.settled(x)._rate(x.shape[1]))
 
     def of_products(self, products: Gram, dimension: int) -> Gram:
         distances = _squared_distances(products)
         # k - 1, whose digits are those of the distances: at the usual sigma every k is close to 1.
-        return distances.mul_(-self._rate(distances, dimension)).expm1_()
+        kernel = self._of_distances(distances, dimension)
+        return distances.mul_(-kernel._rate(dimension)).expm1_()
 
     def pullback(self, x: Samples, contrast: Gram, weights: Gram) -> Samples:
         pull = torch.addcmul(weights, weights, contrast)  # w k
         inner = x - x.mean(0)
         moved = pull.sum(1, keepdim=True) * inner
-        rate = self._rate(_squared_distances(inner @ inner.T) if self.sigma is None else x, x.shape[1])
+        rate = self.settled(x)._rate(x.shape[1])
         return torch.addmm(moved, pull, inner, beta=-4 * rate, alpha=4 * rate)
 
-    def _rate(self, distances: Tensor, dimension: int) -> float:
-        """Returns what distances are multiplied by; they matter to the median heuristic alone."""
-        return 1 / (_typical(distances) if self.sigma is None else 2 * self.sigma**2 * dimension)
+    def settled(self, x: Samples) -> "Gaussian":
+        if self.sigma is not None:
+            return self
+        inner = x.detach() - x.detach().mean(0)
+        return self._of_distances(_squared_distances(inner @ inner.T), x.shape[1])
+
+    def _of_distances(self, distances: Gram, dimension: int) -> "Gaussian":
+        return Gaussian(math.sqrt(_typical(distances) / (2 * dimension))) if self.sigma is None else self
+
+    def _rate(self, dimension: int) -> float:
+        r"""Returns $1/2\sigma^2d$, what squared distances are multiplied by."""
+        assert self.sigma is not None, "a settled kernel has a bandwidth"
+        return 1 / (2 * self.sigma**2 * dimension)
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ class Linear(Kernel):
         return x.shape[1]
 
     def features(self, x: Samples) -> Samples:
-        return x - x.mean(0)
+        return x
 
 
 @dataclass(frozen=True)
@@ -228,6 +244,8 @@ class Fourier(_Features):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.sigma is None:
+            raise ValueError("sigma=None: random features need a bandwidth; take the exact Gaussian for the median heuristic")
         Gaussian(self.sigma)
         _from_one("count", self.count, "features")
 
@@ -235,12 +253,8 @@ class Fourier(_Features):
         return self.count
 
     def features(self, x: Samples) -> Float[Tensor, "m D"]:
-        # Drawn on the CPU, so that every device has the same.
-        generator = torch.Generator().manual_seed(self.seed)
-        directions = torch.randn(x.shape[1], self.count, generator=generator, dtype=torch.float64)
-        shift = 2 * math.pi * torch.rand(self.count, generator=generator, dtype=torch.float64)
-        scaled = (directions / (self.sigma * math.sqrt(x.shape[1]))).to(x)
-        return math.sqrt(2 / self.count) * torch.cos(torch.addmm(shift.to(x), x, scaled))
+        directions, shift = _random_directions(x.shape[1], self.count, self.seed, x.dtype, x.device)
+        return math.sqrt(2 / self.count) * torch.cos(torch.addmm(shift, x, directions / (self.sigma * math.sqrt(x.shape[1]))))
 
 
 @dataclass(frozen=True)
@@ -253,7 +267,7 @@ class Nystrom(_Features):
         kernel: The kernel that is approximated.
         count: Landmarks l, 1 or more; drawn from the samples, all of them if there are no more.
         seed: What they are drawn by.
-        jitter: Added to the diagonal of $K_{ll}$, relative to its mean, above 0.
+        jitter: Added to the diagonal of $K_{ll}$, relative to its mean, above 0; at least some multiple of the rounding error.
 
     Raises:
         ValueError: If a number is out of range.
@@ -285,10 +299,13 @@ class Nystrom(_Features):
         chosen = torch.randperm(len(x), generator=generator)[: self.count].to(x.device)
         joint = torch.cat([x[chosen], x])
         count = len(chosen)
-        both = self.kernel.between(joint, joint[:count])
+        both = self.kernel.settled(joint[:count]).between(joint, joint[:count])
         corner = both[:count]
-        corner = corner + self.jitter * corner.diagonal().mean() * torch.eye(count, dtype=x.dtype, device=x.device)
-        factor = torch.linalg.cholesky(corner)
+        # Below some multiple of the rounding error a jitter keeps nothing positive.
+        jitter = max(self.jitter, 4 * count * torch.finfo(x.dtype).eps) * (float(corner.detach().diagonal().mean()) or 1.0)
+        factor, failed = torch.linalg.cholesky_ex(corner + jitter * torch.eye(count, dtype=x.dtype, device=x.device))
+        if failed:
+            raise ValueError(f"the landmarks' kernel could not be factorised: raise jitter={self.jitter}, or pass float64")
         return torch.linalg.solve_triangular(factor, both[count:].T, upper=False).T
 
 
@@ -336,6 +353,15 @@ class Grouped(Kernel):
     def contrast(self, x: Samples) -> Gram:
         return self.kernel.contrast(self.deviations(x))
 
+    def settled(self, x: Samples) -> "Grouped":
+        return replace(self, kernel=self.kernel.settled(self.deviations(x)))
+
+    def width(self, x: Samples) -> int | None:
+        return self.groups if self.kernel.width(x) is not None else None
+
+    def features(self, x: Samples) -> Float[Tensor, "m D"]:
+        return self.kernel.features(self.deviations(x))
+
     def pullback(self, x: Samples, contrast: Gram, weights: Gram) -> Samples:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
@@ -357,6 +383,17 @@ class Grouped(Kernel):
         share = share / share.sum(0)
         apart = x - (x @ share)[:, belongs]
         return (apart.square() @ share + self.delta) ** (self.power / 2)
+
+
+@lru_cache(maxsize=32)
+def _random_directions(
+    dimension: int, count: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, "d D"], Float[Tensor, " D"]]:
+    """Draws on the CPU, so that every device has the same."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(dimension, count, generator=generator, dtype=torch.float64)
+    shift = 2 * math.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+    return directions.to(device, dtype), shift.to(device, dtype)
 
 
 class _Contrast(torch.autograd.Function):
