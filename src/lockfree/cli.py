@@ -343,7 +343,7 @@ class Bench:
     """Measure speed, as ratios of things timed in turn in one process.
 
     Args:
-        name: Which benchmark: step or synthetic.
+        name: Which benchmark: step, synthetic or hsic.
         json: Print one JSON object.
     """
 

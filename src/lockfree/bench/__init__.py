@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from lockfree.bench.hsic import hsic
 from lockfree.bench.step import step
 from lockfree.bench.synthetic import synthetic
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"step": step, "synthetic": synthetic}
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"step": step, "synthetic": synthetic, "hsic": hsic}
 """Every benchmark by its command-line name."""

@@ -84,7 +84,7 @@ class NormalisedHSIC(Bottleneck):
         ridge = self.epsilon * len(z)
         inverse = torch.cholesky_inverse(ridged_factor(centred(z), ridge))
         # Its rows sum to 0 but for rounding, which a kernel close to 1 everywhere would make much of.
-        return centred(inverse @ (constants @ inverse).mul_(ridge))
+        return centred(inverse @ torch.addmm(constants, constants, inverse, beta=0, alpha=ridge))
 
     def feature_gradient(self, features: Float[Tensor, "m D"], constants: Gram) -> Float[Tensor, "m D"]:
         factor = ridged_factor(features.T @ features, self.epsilon * len(features))

@@ -108,10 +108,9 @@ class Gaussian(Kernel):
 
     def pullback(self, x: Samples, contrast: Gram, weights: Gram) -> Samples:
         pull = torch.addcmul(weights, weights, contrast)  # w k
-        inner = x - x.mean(0)
-        moved = pull.sum(1, keepdim=True) * inner
-        rate = self.settled(x)._rate(x.shape[1])
-        return torch.addmm(moved, pull, inner, beta=-4 * rate, alpha=4 * rate)
+        # The gradient is 4 rate (pull - diag(pull 1)) x: each sample is drawn to the others.
+        pull.diagonal().sub_(pull.sum(1))
+        return pull.mul_(4 * self.settled(x)._rate(x.shape[1])) @ (x - x.mean(0))
 
     def settled(self, x: Samples) -> "Gaussian":
         if self.sigma is not None:
@@ -176,12 +175,15 @@ class Cosine(Kernel):
         return products / lengths / lengths[:, None]
 
     def contrast(self, x: Samples) -> Gram:
-        return self.gram(x)
+        unit = self.features(x)
+        unit = unit - unit.mean(0)
+        return unit @ unit.T
 
     def pullback(self, x: Samples, contrast: Gram, weights: Gram) -> Samples:
         length = _lengths(x)
         unit = x / length
-        pulled = 2 * weights @ unit
+        pulled = 2 * weights @ (unit - unit.mean(0))
+        pulled = pulled - pulled.mean(0)
         return (pulled - unit * (pulled * unit).sum(1, keepdim=True)) / length
 
     def width(self, x: Samples) -> int:

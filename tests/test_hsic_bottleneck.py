@@ -1,0 +1,1005 @@
+"""The HSIC bottleneck as a rule: gradients against autograd of the paper's formula, locality, readouts, models, recipes."""
+
+import itertools
+import os
+import signal
+import weakref
+from dataclasses import replace
+
+import cases
+import pytest
+import torch
+from cases import assert_same
+from torch import nn
+from torch.nn import functional as F
+
+import lockfree as lf
+from lockfree import checkpoint, models
+from lockfree.data import Split
+from lockfree.experiment import load_once
+from lockfree.memory import ActivationMeter
+from lockfree.readouts import Head, order_of, order_on_evaluated
+from lockfree.recipes import RECIPES, Trial
+from lockfree.recipes.trial import as_pixels
+
+HSIC = lf.rules.HSICBottleneck
+F64 = torch.float64
+CLASSES = cases.CLASSES
+
+
+@pytest.fixture(autouse=True)
+def _own_global_generator():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        yield
+
+
+def descent(parameters):
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def draw(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def labels(*shape, classes=CLASSES, seed=2):
+    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def learner_of(model, rule, x, loss=F.cross_entropy, optimizer=descent, **more):
+    return lf.convert(model, rule, loss=loss, optimizer=optimizer, example_input=x, **more)
+
+
+def gradients(learner, x, y):
+    """What one step of plain descent with rate 1 took off each parameter; it is put on again."""
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    learner.step(x, y)
+    after = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    learner.model.load_state_dict(before, strict=False)
+    return {name: before[name] - after[name] for name in before}
+
+
+# ---- the paper's formulas, written naively -----------------------------------------------------------------------------------
+
+
+def gaussian(rows, sigma, width=None):
+    distances = (rows[:, None] - rows).square().sum(-1)
+    if sigma is None:
+        apart = distances.detach()[tuple(torch.tril_indices(len(rows), len(rows), -1))].sort().values
+        return torch.exp(-distances / (apart[(len(apart) - 1) // 2] or apart.mean() or 1.0))
+    return torch.exp(-distances / (2 * sigma**2 * (width or rows.shape[1])))
+
+
+def measure(objective, K, L, epsilon):
+    m = len(K)
+    if objective == "phsic":
+        return ((K - K.mean()) * L).mean()
+    H = torch.eye(m, dtype=F64) - 1 / m
+    if objective == "hsic":
+        return torch.trace(K @ H @ L @ H) / (m - 1) ** 2
+    a, b = (H @ G @ H @ torch.inverse(H @ G @ H + epsilon * m * torch.eye(m, dtype=F64)) for G in (K, L))
+    return torch.trace(a @ b)
+
+
+def one_hot(numbers, classes):
+    return F.one_hot(numbers.flatten(1) if numbers.dim() > 1 else numbers[:, None], classes).to(F64).flatten(1)
+
+
+def flattened(x):
+    """Rows of an input tree and the number of features; whole numbers are categories, a feature for each place."""
+    parts = list(x.values()) if isinstance(x, dict) else [x]
+    rows = [part.flatten(1).to(F64) if part.is_floating_point() else one_hot(part, 7) for part in parts]
+    return torch.cat(rows, 1), sum(part[0].numel() for part in parts)
+
+
+def naive(z, x, y, sigma, *, objective="nhsic", balance=20.0, epsilon=1e-5, sigma_x=None, sigma_y=None, block_size=0, classes=4):
+    """The objective of one tensor of a block's output."""
+    targets = y.to(F64).reshape(len(y), -1) if y.is_floating_point() else one_hot(y, classes)
+    size = min(block_size or len(z), len(z))
+    inputs, width = flattened(x)
+    found = []
+    for start in range(0, len(z) - size + 1, size):
+        part = slice(start, start + size)
+        K = gaussian(z[part].flatten(1), sigma)
+        X = gaussian(inputs[part], sigma_x or sigma, width)
+        Y = gaussian(targets[part], sigma_y or sigma)
+        first = measure(objective, K, K if objective == "phsic" else X, epsilon)
+        found.append(first - balance * measure(objective, K, Y, epsilon))
+    return sum(found) / len(found)
+
+
+def in_sequence(children, x):
+    """Runs blocks on detached inputs and returns what each hands up, a list of tensors a block."""
+    made = []
+    for block in children:
+        out = block(x)
+        made.append(list(out) if isinstance(out, tuple) else [out])
+        x = tuple(t.detach() for t in out) if isinstance(out, tuple) else out.detach()
+    return made
+
+
+def naive_gradients(model, made, x, y, loss=F.cross_entropy, sigma=5.0, *, supervised=True, **settings):
+    """Gradients of the sum of all blocks' objectives; blocks do not share a graph, so each gets its own."""
+    total = loss(made[-1][0], y) if supervised else 0.0
+    for tensors in made[: len(made) - supervised]:
+        sigmas = sigma if isinstance(sigma, tuple) else (sigma,) * len(tensors)
+        total = total + sum(naive(z, x, y, one, **settings) for z, one in zip(tensors, sigmas, strict=True))
+    found = torch.autograd.grad(total, list(model.parameters()))
+    return dict(zip(dict(model.named_parameters()), found, strict=True))
+
+
+def assert_near(found, wanted, tolerance=1e-6):
+    """Equal up to a part of each tensor's largest entry; parameters that cannot matter (before BatchNorm) up to that of all."""
+    assert found.keys() == wanted.keys()
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, gradient in wanted.items():
+        size = max(float(gradient.abs().max()), 1e-4 * largest)
+        assert float((found[name] - gradient).abs().max()) <= tolerance * size, name
+
+
+# ---- 1: gradients ------------------------------------------------------------------------------------------------------------
+
+
+def mlp(out=CLASSES):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(6, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU()),
+        nn.Sequential(nn.Linear(10, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh()),
+        nn.Sequential(nn.Linear(8, 7), nn.ELU()),
+        nn.Linear(7, out),
+    ).double()
+
+
+class Skips(nn.Module):
+    """The second block is given, and the third one needs, what the first one made."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(16, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        one = torch.tanh(self.stem(x))
+        two = one + torch.tanh(self.first(one))
+        three = torch.tanh(self.second(torch.cat([two, one], dim=1)))
+        return self.head(three)
+
+    def made(self, x):
+        one = torch.tanh(self.stem(x))
+        two = one.detach() + torch.tanh(self.first(one.detach()))
+        three = torch.tanh(self.second(torch.cat([two, one], dim=1).detach()))
+        return [[one], [two], [three], [self.head(three.detach())]]
+
+
+class Mixed(nn.Module):
+    """Its forward takes a dictionary of real numbers and of categories."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(7, 3), nn.Linear(12, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, batch):
+        h = torch.cat([self.words(batch["kinds"]).flatten(1), batch["features"]], dim=1)
+        return self.head(torch.tanh(self.mix(h)))
+
+    def made(self, batch):
+        words = self.words(batch["kinds"]).flatten(1)
+        hidden = torch.tanh(self.mix(torch.cat([words, batch["features"]], dim=1).detach()))
+        return [[torch.cat([words, batch["features"]], dim=1)], [hidden], [self.head(hidden.detach())]]
+
+
+def token_loss(scores, y):
+    return F.cross_entropy(scores.flatten(0, 1), y.flatten())
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.Tanh(), nn.Flatten()),
+        nn.Linear(45, CLASSES),
+    )
+
+
+def words():
+    return nn.Sequential(nn.Sequential(nn.Embedding(7, 3), nn.Flatten()), nn.Sequential(nn.Linear(15, 6), nn.Tanh()), nn.Linear(6, 4))
+
+
+def sequences():
+    return nn.Sequential(nn.Sequential(nn.Linear(6, 9), nn.Tanh()), nn.Sequential(nn.Linear(9, 12), nn.Unflatten(1, (3, 4))))
+
+
+def beside():
+    return models.side_by_side((1, 2, 3), CLASSES, hidden=(9, 7), count=3, activation="tanh")
+
+
+X = draw(10, 6)
+GRADIENTS = {
+    "mlp": (mlp, X, labels(10), F.cross_entropy, {}),
+    "cnn": (convolutional, draw(10, 1, 6, 6), labels(10), F.cross_entropy, {}),
+    "residual": (Skips, X, labels(10), F.cross_entropy, {}),
+    "side by side": (beside, draw(10, 1, 2, 3), labels(10), F.cross_entropy, {"sigma": (1.0, 5.0, 0.7)}),
+    "side by side, one sigma": (beside, draw(10, 1, 2, 3), labels(10), F.cross_entropy, {"sigma": 2.0}),
+    "dictionary": (Mixed, {"features": draw(10, 6), "kinds": labels(10, 2, classes=7)}, labels(10), F.cross_entropy, {}),
+    "words": (words, labels(10, 5, classes=7), labels(10, seed=3), F.cross_entropy, {}),
+    "numbers": (lambda: mlp(3), X, draw(10, 3, seed=3), F.mse_loss, {}),
+    "a number each": (lambda: mlp(1), X, draw(10, seed=3), lambda s, y: F.mse_loss(s[:, 0], y), {}),
+    "sequences": (sequences, X, labels(10, 3), token_loss, {}),
+}
+
+
+def built(make):
+    torch.manual_seed(0)
+    return make().double()
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_every_block_descends_the_paper_s_objective(name):
+    make, x, y, loss, settings = GRADIENTS[name]
+    found = gradients(learner_of(built(make), HSIC(balance=20.0, **settings), x, loss), x, y)
+    model = built(make)
+    made = model.made(x) if hasattr(model, "made") else in_sequence(model, x)
+    assert_near(found, naive_gradients(model, made, x, y, loss, **settings))
+
+
+SETTINGS = [
+    *({"objective": objective, "sigma": sigma} for objective in ("nhsic", "hsic", "phsic") for sigma in (5.0, 0.8, None)),
+    {"sigma_x": 1.0, "sigma_y": 0.3},
+    {"objective": "hsic", "sigma_x": 1.0, "sigma_y": 0.3, "sigma": None},
+    {"balance": 0.0},
+    {"balance": 300.0, "epsilon": 1e-2},
+    *({"block_size": size, "objective": objective} for size, objective in ((4, "nhsic"), (3, "hsic"), (2, "phsic"), (50, "nhsic"))),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_every_setting_means_what_the_formula_says(settings):
+    y = labels(10)
+    found = gradients(learner_of(mlp(), HSIC(**{"balance": 20.0} | settings), X), X, y)
+    model = mlp()
+    assert_near(found, naive_gradients(model, in_sequence(model, X), X, y, **settings))
+
+
+@pytest.mark.parametrize("readout", ["one-hot", "heads"])
+def test_without_a_classifier_the_top_block_descends_the_objective_too(readout):
+    found, model = gradients(learner_of(mlp(), HSIC(balance=20.0, readout=readout), X), X, labels(10)), mlp()
+    assert_near(found, naive_gradients(model, in_sequence(model, X), X, labels(10), supervised=False))
+
+
+@pytest.mark.parametrize("name", ["mlp", "words"])
+def test_in_double_precision_all_digits_are_right(name):
+    """Labels and categories, too, are compared in the precision of what the blocks hand up."""
+    make, x, y, loss, _ = GRADIENTS[name]
+    found, model = gradients(learner_of(built(make), HSIC(balance=20.0), x, loss), x, y), built(make)
+    assert_near(found, naive_gradients(model, in_sequence(model, x), x, y, loss), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_a_batch_of_two_or_three_is_enough(samples):
+    x, y = X[:samples], torch.arange(samples)
+    found, model = gradients(learner_of(mlp(), HSIC(balance=20.0), x), x, y), mlp()
+    assert_near(found, naive_gradients(model, in_sequence(model, x), x, y), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [5.0, None])
+def test_a_batch_of_one_says_nothing_about_dependence(sigma):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
+    found = gradients(learner_of(model, HSIC(sigma=sigma), X[:2]), X[:1], labels(1))
+    assert [bool(g.any()) for g in found.values()] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("sigma", [5.0, None])
+@pytest.mark.parametrize(("x", "y"), [(X, torch.ones(10, dtype=torch.int64)), (torch.ones(10, 6, dtype=F64), labels(10))])
+def test_one_class_alone_and_a_constant_input(x, y, sigma):
+    """One class: nothing to know, so the blocks forget the input. A constant input: nothing can be learnt from it."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, CLASSES)).double()
+
+    found, model = gradients(learner_of(make(), HSIC(balance=20.0, sigma=sigma), x), x, y), make()
+    blocks = [nn.Sequential(*list(model)[i : i + 2]) for i in (0, 2, 4)]
+    assert_near(found, naive_gradients(model, in_sequence(blocks, x), x, y, sigma=sigma))
+    assert bool(found["0.weight"].abs().max() > 1e-9) == (x is X)
+
+
+@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+def test_optimizers_see_these_gradients(optimizer):
+    """Momentum and Adam keep what they would in a plain loop over the formula."""
+    make, model = cases.OPTIMIZERS[optimizer], mlp()
+    learner, reference = learner_of(mlp(), HSIC(balance=20.0), X, optimizer=make), make(list(model.parameters()))
+    for step in range(4):
+        x, y = draw(10, 6, seed=step), labels(10, seed=step)
+        learner.step(x, y)
+        for name, gradient in naive_gradients(model, in_sequence(model, x), x, y).items():
+            model.get_parameter(name).grad = gradient
+        reference.step()
+    mine, theirs = learner.optimizer.state_dict()["state"], reference.state_dict()["state"]
+    assert mine.keys() == theirs.keys()
+    for index, state in theirs.items():
+        assert_near({k: v for k, v in mine[index].items() if v is not None}, {k: v for k, v in state.items() if v is not None}, 1e-4)
+    assert_near(dict(learner.model.named_parameters()), dict(model.named_parameters()), tolerance=1e-4)
+
+
+# ---- 2: locality -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("blocks", "groups"), [(["2"], [2, 2]), (["1", "3"], [1, 2, 1]), (2, None), (1, [4])])
+def test_the_model_is_cut_where_it_is_told_and_only_there_it_learns(blocks, groups):
+    learner, model = learner_of(mlp(), HSIC(balance=20.0), X, blocks=blocks), mlp()
+    assert len(learner.cells) == (blocks if groups is None else len(groups))
+    if groups is None:  # cut by memory: find out where from what the pieces own
+        groups = [len({layer.split(".")[0] for layer, _ in cell.block.layers()} - {""}) for cell in learner.cells]
+    starts = [0, *itertools.accumulate(groups)]
+    pieces = [nn.Sequential(*list(model)[a:b]) for a, b in itertools.pairwise(starts)]
+    assert_near(gradients(learner, X, labels(10)), naive_gradients(model, in_sequence(pieces, X), X, labels(10)))
+
+
+@pytest.mark.parametrize("readout", ["classifier", "one-hot", "heads"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_no_block_depends_on_those_above_it(cut, readout):
+    found = []
+    for seed in (1, 2):
+        model = mlp()
+        torch.manual_seed(seed)
+        for parameter in nn.ModuleList(list(model)[cut:]).parameters():
+            nn.init.normal_(parameter)
+        found.append(gradients(learner_of(model, HSIC(balance=20.0, readout=readout), X), X, labels(10)))
+    below = [name for name in found[0] if int(name[0]) < cut]
+    assert_same({name: found[0][name] for name in below}, {name: found[1][name] for name in below})
+    assert cases.differs([g for n, g in found[0].items() if n not in below], [g for n, g in found[1].items() if n not in below])
+
+
+class Saved:
+    """A tensor that autograd saved."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("settings", [{}, {"readout": "heads", "sigma": None}, {"features": 4, "objective": "hsic"}], ids=str)
+def test_nothing_of_a_block_is_kept_when_the_next_one_runs(settings):
+    learner, model = learner_of(mlp(), HSIC(**settings), X), None
+    model, alive, counts = learner.model, [], []
+
+    def pack(tensor):
+        alive.append(weakref.ref(saved := Saved(tensor)))
+        return saved
+
+    for block in model:
+        first = block if isinstance(block, nn.Linear) else block[0]
+        first.register_forward_pre_hook(lambda *_: counts.append(sum(one() is not None for one in alive)))
+    learner.step(X, labels(10))  # looks once at model and loss before
+    counts.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        learner.step(X, labels(10))
+    assert counts == [0, 0, 0, 0]
+    assert len(alive) > 8
+    assert all(one() is None for one in alive)
+
+
+def deep(blocks, width=16):
+    torch.manual_seed(0)
+    body = [nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()) for _ in range(blocks - 1)]
+    return nn.Sequential(*body, nn.Linear(width, CLASSES))
+
+
+@pytest.mark.parametrize("settings", [{}, {"sigma": None, "readout": "heads"}, {"readout": "one-hot", "block_size": 16}], ids=str)
+def test_peak_memory_is_that_of_one_block(settings):
+    peaks = []
+    for blocks in (3, 12):
+        learner, x, y = None, draw(64, 16).float(), labels(64)
+        learner = learner_of(deep(blocks), HSIC(**settings), x)
+        meter = ActivationMeter(learner.model)
+        with meter.watch():
+            learner.step(x, y)
+            meter.reset()
+            learner.step(x, y)
+        assert meter.now == 0
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1] > 0
+
+
+FACTORISATIONS = [
+    (lambda: deep(5, 6), {}, X, 4 + 2),
+    (lambda: deep(9, 6), {}, X, 8 + 2),
+    (lambda: deep(5, 6), {"readout": "one-hot"}, X, 5 + 2),
+    (lambda: deep(5, 6), {"block_size": 4}, X, 2 * (4 + 2)),
+    (lambda: deep(5, 6), {"objective": "hsic"}, X, 0),
+    (lambda: deep(5, 6), {"objective": "phsic"}, X, 0),
+    (beside, {"sigma": (1.0, 2.0, 5.0)}, X.view(10, 1, 2, 3), 3 * 2 + 3 * 2),
+    (beside, {"sigma": 5.0}, X.view(10, 1, 2, 3), 3 * 2 + 2),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "x", "count"), FACTORISATIONS)
+def test_one_factorisation_a_block_and_two_a_batch(make, settings, x, count, monkeypatch):
+    taken, original = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda a, **k: (taken.append(tuple(a.shape)), original(a, **k))[1])
+    for name in ("cholesky", "inv", "solve", "eigh", "svd", "lu_factor"):
+        monkeypatch.setattr(torch.linalg, name, lambda *_, **__: pytest.fail("another factorisation"))
+    learner_of(built(make), HSIC(**settings), x).step(x, labels(10))
+    size = settings.get("block_size") or 10
+    assert taken == [(size, size)] * count
+
+
+# ---- 3: readouts -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_block_alone_is_backprop():
+    learner, model = learner_of(mlp(), HSIC(), X, blocks=1, optimizer=cases.adam), mlp()
+    optimizer = cases.adam(list(model.parameters()))
+    for step in range(4):
+        x, y = draw(10, 6, seed=step), labels(10, seed=step)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        assert learner.step(x, y).loss == loss.item()
+    assert_same(dict(learner.model.state_dict()), dict(model.state_dict()))
+
+
+def batches_of(count):
+    return [(draw(10, 6, seed=step), labels(10, seed=step)) for step in range(count)]
+
+
+@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+def test_format_training_is_the_blocks_and_then_the_classifier_on_frozen_features(optimizer):
+    """Before, the blocks learn as without it; after, a plain loop on features in evaluation mode gives the same bits."""
+    make = cases.OPTIMIZERS[optimizer]
+    learner = learner_of(mlp(), HSIC(balance=20.0, format_after=3), X, optimizer=make)
+    along = learner_of(mlp(), HSIC(balance=20.0), X, optimizer=make)
+    fresh, seen = dict(mlp()[3].state_dict()), []
+    for block in list(learner.model)[:3]:
+        block[0].register_forward_pre_hook(lambda module, _: seen.append((module.training, torch.is_grad_enabled())))
+    top = mlp()[3]
+    reference, features = make(list(top.parameters())), None
+    for step, (x, y) in enumerate(batches_of(7)):
+        seen.clear()
+        loss = learner.step(x, y).loss
+        if step < 3:
+            along.step(x, y)
+            assert seen[-3:] == [(True, True)] * 3
+            assert_same(dict(learner.model[3].state_dict()), fresh)
+        else:
+            assert seen[-3:] == [(False, False)] * 3
+            features = along.model[:3].eval()
+            with torch.no_grad():
+                h = features(x)
+            reference.zero_grad()
+            wanted = F.cross_entropy(top(h), y)
+            wanted.backward()
+            reference.step()
+            assert loss == wanted.item()
+            assert_same(dict(learner.model[3].state_dict()), dict(top.state_dict()))
+        assert_same(dict(learner.model[:3].state_dict()), dict(along.model[:3].state_dict()))
+        assert all(module.training for module in learner.model.modules())
+
+
+def brute_force_order(means):
+    classes, units = means.shape
+    return max(
+        itertools.permutations(range(units), classes), key=lambda order: sum(float(means[c, u]) for c, u in enumerate(order))
+    )
+
+
+@pytest.mark.parametrize(("classes", "units"), [(4, 4), (3, 5), (1, 3), (5, 5)])
+def test_classes_are_given_the_units_with_the_largest_sum(classes, units):
+    for seed in range(10):
+        means = draw(classes, units, seed=seed)
+        assert tuple(order_of(means).tolist()) == brute_force_order(means)
+
+
+@pytest.mark.parametrize("classes", [None, 4, 3])
+def test_one_hot_classes_are_read_off_by_running_means(classes):
+    learner = learner_of(mlp(), HSIC(readout="one-hot", classes=classes, balance=20.0), X)
+    handed, count = [], classes or 4
+    learner.model[3].register_forward_hook(lambda *args: handed.append(args[-1].detach()))
+    sums, counts = torch.zeros(count, 4, dtype=F64), torch.zeros(count, 1, dtype=F64)
+    for x, y in batches_of(5):
+        y = y % count
+        learner.step(x, y)
+        sums, counts = 0.99 * sums, 0.99 * counts
+        for output, label in zip(handed[-1], y, strict=True):
+            sums[label] += output
+            counts[label] += 1
+    means = learner.cells[3].auxiliary.means()
+    torch.testing.assert_close(means, sums / counts, rtol=1e-12, atol=1e-12)
+    order = list(brute_force_order(sums / counts))
+    learner.model.eval()
+    assert_same(learner.predict(X), learner.model(X).detach()[:, order])
+
+    other = learner_of(mlp(), HSIC(readout="one-hot", classes=classes, balance=20.0), X)
+    other.load_state_dict(learner.state_dict())
+    assert_same(other.predict(X), learner.predict(X))
+    assert_same(other.cells[3].auxiliary.means(), means)
+
+
+def test_unseen_classes_have_means_of_zero_and_may_be_read_out():
+    learner = learner_of(mlp(), HSIC(readout="one-hot"), X)
+    assert_same(learner.cells[3].auxiliary.means(), torch.zeros(4, 4, dtype=F64))
+    assert sorted(learner.predict(X)[0].tolist()) == sorted(learner.model.eval()(X)[0].tolist())
+
+
+def test_one_hot_refuses_what_has_no_classes():
+    with pytest.raises(ValueError, match="5 classes cannot be read out of 4 outputs"):
+        learner_of(mlp(), HSIC(readout="one-hot", classes=5), X)
+    with pytest.raises(ValueError, match=r"class scores \(batch, units\), this model gives \(10, 3, 4\)"):
+        learner_of(sequences().double(), HSIC(readout="one-hot"), X, token_loss)
+    with pytest.raises(ValueError, match=r"class numbers of shape \(batch,\), the targets are float64 \(10, 4\)"):
+        learner_of(mlp(), HSIC(readout="one-hot"), X, F.mse_loss).step(X, draw(10, 4))
+
+
+def test_the_authors_order_is_greedy():
+    for seed in range(20):
+        outputs, target = draw(30, 5, seed=seed), torch.cat([torch.arange(4), labels(26, seed=seed)])
+        means = {(c, u): outputs[target == c, u].mean().item() for c in range(4) for u in range(5)}
+        order = [0] * 4
+        while means:
+            label, unit = max(means, key=means.__getitem__)
+            order[label] = unit
+            means = {(c, u): mean for (c, u), mean in means.items() if c != label and u != unit}
+        assert order_on_evaluated(outputs, target, 4).tolist() == order
+
+
+@pytest.mark.parametrize("head", [-1, 0, 2, -3])
+def test_each_head_descends_the_loss_and_one_is_read(head):
+    rule = HSIC(readout="heads", head=head, balance=20.0)
+    learner = learner_of(mlp(), rule, X, optimizer=cases.sgd, auxiliary_optimizer=descent)
+    assert not learner.predict(X).any()
+    weights = [(torch.zeros(4, width, dtype=F64), torch.zeros(4, dtype=F64)) for width in (10, 8, 7, 4)]
+    for x, y in batches_of(3):
+        model = mlp()
+        model.load_state_dict(learner.model.state_dict())
+        losses = {}
+        for index, (made,) in enumerate(in_sequence(model, x)):
+            leaves = [w.requires_grad_() for w in weights[index]]
+            losses[index] = F.cross_entropy(F.linear(made.detach(), *leaves), y)
+            weights[index] = tuple(
+                w.detach() - g for w, g in zip(leaves, torch.autograd.grad(losses[index], leaves), strict=True)
+            )
+        found = learner.step(x, y).auxiliary
+        torch.testing.assert_close({i: v for i, v in sorted(found.items())}, {i: v.detach() for i, v in losses.items()})
+    scores = learner.predict(X)
+    blocks = learner.model.eval()[: range(4)[head] + 1]
+    torch.testing.assert_close(scores, F.linear(blocks(X), *weights[head]).detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_heads_of_several_tensors_are_summed():
+    x, y = X.view(10, 1, 2, 3), labels(10)
+    learner = learner_of(built(beside), HSIC(readout="heads", head=1, sigma=5.0), x, auxiliary_optimizer=descent)
+    learner.step(x, y)
+    error = (0.25 - F.one_hot(y, 4).to(F64)) / 10  # dL/dscores of scores that are 0
+    made = in_sequence(built(beside), x)[1]
+    now = [z.detach() for z in in_sequence(learner.model.eval(), x)[1]]
+    wanted = sum(z @ -(error.T @ before.detach()).T - error.sum(0) for z, before in zip(now, made, strict=True))
+    torch.testing.assert_close(learner.predict(x), wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_heads_keep_2048_features_of_images():
+    for shape, kept in (((32, 8, 8), 2048), ((32, 16, 16), 32 * 64), ((33, 16, 16), 33 * 49), ((3000, 2, 2), 3000), ((4000,), 4000)):
+        assert Head(torch.zeros(2, *shape), torch.zeros(2, 5)).linear.in_features == kept
+    head, y = Head(draw(2, 32, 16, 16), draw(2, 5)), draw(3, 32, 16, 16)
+    nn.init.normal_(head.linear.weight)
+    means = y.unflatten(2, (8, 2)).unflatten(4, (8, 2)).mean((3, 5))
+    torch.testing.assert_close(head(y), F.linear(means.flatten(1), head.linear.weight))
+
+
+def test_heads_of_sequences_read_each_place():
+    head, y = Head(draw(2, 5, 6), draw(2, 5, 4)), draw(3, 5, 6)
+    nn.init.normal_(head.linear.weight)
+    torch.testing.assert_close(head(y), torch.einsum("btd,cd->btc", y, head.linear.weight))
+    other = Head(draw(2, 6), draw(2, 5, 4))
+    nn.init.normal_(other.linear.weight)
+    torch.testing.assert_close(other(y[:, 0])[:, 2, 3], y[:, 0] @ other.linear.weight.view(5, 4, 6)[2, 3])
+
+
+@pytest.mark.parametrize("head", [4, -5])
+def test_a_head_that_is_not_there_is_refused(head):
+    with pytest.raises(ValueError, match=rf"head={head}: this model has blocks 0 to 3"):
+        learner_of(mlp(), HSIC(readout="heads", head=head), X)
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])
+@pytest.mark.parametrize("settings", [{}, {"format_after": 2}, {"readout": "one-hot"}, {"readout": "heads", "head": 1}], ids=str)
+def test_predicting_changes_nothing(settings, schedule):
+    model = nn.Sequential(*mlp()[:2], nn.Sequential(nn.Linear(8, 7), nn.Dropout(0.5)), nn.Linear(7, 4)).double()
+    learner = learner_of(model, HSIC(**settings), X, schedule=schedule, optimizer=cases.momentum)
+    for x, y in batches_of(4):
+        learner.step(x, y)
+    model[1].eval()
+    modes, before = [module.training for module in model.modules()], learner.state_dict()
+    scores = learner.predict(X)
+    assert [module.training for module in model.modules()] == modes
+    assert_same(learner.state_dict(), before)
+    assert not scores.requires_grad
+    assert_same(learner.predict(X), scores)
+
+
+# ---- 4: resume, and low precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"format_after": 4}, {"format_after": 1, "sigma": None}, {"readout": "one-hot"}], ids=str)
+def test_resume_at_every_step_of_a_pipeline(settings, tmp_path):
+    def make(seed):
+        model = mlp()
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return learner_of(model, HSIC(balance=20.0, **settings), X, schedule="pipelined", optimizer=cases.adam)
+
+    whole, losses, batches = make(0), [], batches_of(9)
+    for step, (x, y) in enumerate(batches):
+        checkpoint.save(tmp_path / str(step), whole.state_dict())
+        losses.append(whole.step(x, y).loss)
+    whole.drain()
+    other = make(1)
+    for start in (7, 3, 5, 1, 4, 8, 2, 6):
+        other.load_state_dict(checkpoint.load(tmp_path / str(start)))
+        assert_same([other.step(x, y).loss for x, y in batches[start:]], losses[start:])
+        other.drain()
+        assert_same(other.state_dict(), whole.state_dict())
+
+
+CREDITS = []
+
+
+class Spied(HSIC):
+    """Takes down what it was shown and what it answered."""
+
+    def credit(self, context):
+        credit = super().credit(context)
+        CREDITS.append((context, credit))
+        return credit
+
+
+@pytest.mark.parametrize("settings", [{}, {"objective": "hsic"}, {"sigma": None}, {"readout": "heads"}], ids=str)
+def test_under_autocast_credits_are_taken_in_float32(settings):
+    """The credit is the formula's for the rounded outputs."""
+    CREDITS.clear()
+    x, y = X.float(), labels(10)
+    learner = learner_of(mlp().float(), Spied(balance=20.0, **settings), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner.step(x, y)
+    lower = [(context, credit) for context, credit in CREDITS if context.place.index < 3]
+    assert [context.outputs[0].dtype for context, _ in lower].count(torch.bfloat16) >= 1
+    for context, (credit,) in lower:
+        assert credit.dtype == torch.float32
+        z = context.outputs[0].to(F64).requires_grad_()
+        wanted = {"objective": "nhsic", "sigma": 5.0} | {k: v for k, v in settings.items() if k != "readout"}
+        (gradient,) = torch.autograd.grad(naive(z, x, y, **wanted), z)
+        assert_near({"credit": credit.to(F64)}, {"credit": gradient}, tolerance=2e-2)
+    assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in learner.model.parameters())
+
+
+def test_readouts_made_under_autocast_are_in_float32_as_well():
+    for readout in ("one-hot", "heads"):
+        with torch.autocast("cpu", torch.bfloat16):
+            learner = learner_of(mlp().float(), HSIC(readout=readout), X.float())
+            learner.step(X.float(), labels(10))
+        assert {v.dtype for v in learner.cells[3].auxiliary.state_dict().values()} == {torch.float32}
+
+
+# ---- 5: what cannot be served ------------------------------------------------------------------------------------------------
+
+REFUSED = [
+    *(({name: -1}, f"{name}=-1: give 0 or more") for name in ("features", "landmarks", "groups", "block_size", "format_after")),
+    ({"block_size": 1}, "block_size=1: dependence is between samples"),
+    ({"classes": 0}, "classes=0: give 1 or more"),
+    ({"learning_rate": 0.0}, r"learning_rate=0\.0: give a number above 0"),
+    ({"learning_rate": float("nan")}, "learning_rate=nan"),
+    ({"features": 4, "landmarks": 4}, "two ways to approximate a kernel"),
+    ({"features": 4, "kernel": "linear"}, "random features approximate a Gaussian kernel"),
+    ({"features": 4, "sigma": None}, "random features approximate a Gaussian kernel"),
+    ({"features": 4, "sigma": (1.0, None)}, "random features approximate a Gaussian kernel"),
+    ({"format_after": 3, "readout": "heads"}, "format_after=3 formats a classifier, which readout='heads' has none of"),
+    ({"format_after": 3, "readout": "one-hot"}, "format_after=3"),
+    ({"sigma": 0.0}, r"sigma=0\.0: a bandwidth must be positive"),
+    ({"sigma": (1.0, -2.0)}, r"sigma=-2\.0"),
+    ({"sigma": ()}, "sigma"),
+    ({"sigma_x": -1.0}, r"sigma=-1\.0"),
+    ({"sigma_y": 0.0}, r"sigma=0\.0"),
+    ({"balance": -1.0}, r"balance=-1\.0: give 0 or more"),
+    ({"balance": float("nan")}, "balance=nan"),
+    ({"epsilon": 0.0}, "epsilon"),
+    ({"groups": 2, "power": 0.0}, r"power=0\.0"),
+    ({"readout": "clasifier"}, "unknown readout 'clasifier': did you mean 'classifier'"),
+    ({"objective": "nhisc"}, "unknown objective 'nhisc': did you mean 'nhsic'"),
+    ({"kernel": "gausian"}, "unknown kernel 'gausian': did you mean 'gaussian'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "match"), REFUSED, ids=str)
+def test_numbers_out_of_range_are_refused(fields, match):
+    with pytest.raises(ValueError, match=match):
+        HSIC(**fields)
+
+
+@pytest.mark.parametrize("readout", ["classifier", "one-hot", "heads"])
+def test_sigmas_must_be_as_many_as_tensors(readout):
+    with pytest.raises(ValueError, match=r"block 0 hands up 1 tensors; give one sigma, or one for each"):
+        learner_of(mlp(), HSIC(sigma=(1.0, 2.0), readout=readout), X)
+    x = X.view(10, 1, 2, 3)
+    with pytest.raises(ValueError, match=r"block 0 hands up 3 tensors; give one sigma, or one for each"):
+        learner_of(built(beside), HSIC(sigma=(1.0, 2.0), readout=readout), x)
+    if readout != "classifier":  # the top block learns by HSIC, too
+        with pytest.raises(ValueError, match=r"block 2 hands up 1 tensors; give one sigma, or one for each"):
+            learner_of(built(beside), HSIC(sigma=(1.0, 2.0, 3.0), readout=readout), x)
+
+
+def test_sigma_can_be_set_on_the_command_line():
+    from lockfree.experiment import parse_fields
+
+    assert parse_fields("hsic", ["rule.sigma=3"]) == {"sigma": 3.0}
+    assert parse_fields("hsic", ["rule.sigma=1,5,10"]) == {"sigma": (1.0, 5.0, 10.0)}
+    assert parse_fields("hsic", ["rule.sigma=none", "rule.balance=7"]) == {"sigma": None, "balance": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("y", "said"), [(draw(5), r"float64 \(5,\)"), ([0.0] * 10, "list"), (torch.tensor(1.0), r"float32 \(\)")], ids=str
+)
+def test_targets_that_are_not_one_a_sample_are_refused(y, said):
+    learner = learner_of(mlp(), HSIC(), X, lambda scores, target: scores.square().mean())
+    before = learner.state_dict()
+    with pytest.raises(ValueError, match=rf"wants targets along the first dimension, \(10, \.\.\.\), they are {said}"):
+        learner.step(X, y)
+    assert_same(learner.state_dict(), before)
+
+
+@pytest.mark.parametrize("readout", ["classifier", "one-hot", "heads"])
+@pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])
+def test_bad_values_stop_at_the_first_block_and_nothing_is_learnt(schedule, readout):
+    learner = learner_of(mlp(), HSIC(readout=readout), X, schedule=schedule, optimizer=cases.momentum)
+    for x, y in batches_of(2):
+        learner.step(x, y)
+    learner.drain()
+    before, bad = learner.state_dict(), X.clone()
+    bad[3, 2] = torch.nan
+    with pytest.raises(lf.Diverged, match=r"cell 0 \('0'\) gave the first output that is not finite"):
+        learner.step(bad, labels(10))
+    assert_same(learner.state_dict(), before)
+    learner.step(X, labels(10))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_class_means_alone():
+    factor = torch.ones(())
+    learner = learner_of(mlp(), HSIC(readout="one-hot"), X, lambda scores, y: factor * F.cross_entropy(scores, y))
+    learner.step(X, labels(10))
+    before = learner.state_dict()
+    factor.fill_(torch.inf)
+    with pytest.raises(lf.Diverged, match="the loss is inf"):
+        learner.step(X, labels(10))
+    assert_same(learner.state_dict() | {"first": 0}, before | {"first": 0})
+
+
+# ---- 6: depth ----------------------------------------------------------------------------------------------------------------
+
+GAINS = {"tanh": (nn.Tanh, nn.init.xavier_normal_, {"gain": 5 / 3}), "relu": (nn.ReLU, nn.init.kaiming_normal_, {})}
+
+
+def fifty_layers(activation, *, norm, gain):
+    make, initialise, fields = GAINS[activation]
+    torch.manual_seed(0)
+    normalise = [nn.BatchNorm1d(64, affine=False)] if norm else []
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), *normalise, make()) for _ in range(49)), nn.Linear(64, 10))
+    for layer in model.modules() if gain else ():
+        if isinstance(layer, nn.Linear):
+            initialise(layer.weight, **fields)
+            nn.init.zeros_(layer.bias)
+    return model.double()
+
+
+SPREADS = [
+    *(("tanh", norm, gain, sigma) for norm, gain in ((True, False), (True, True), (False, True)) for sigma in (5.0, None)),
+    *(("relu", True, gain, 5.0) for gain in (False, True)),
+]
+
+
+@pytest.mark.parametrize(("activation", "norm", "gain", "sigma"), SPREADS)
+def test_gradients_of_fifty_layers_are_of_one_size(activation, norm, gain, sigma):
+    """Where the forward pass keeps its signal, HSIC's gradients differ by less than ten times, backpropagation's by more."""
+    y = torch.arange(128) % 10
+    x, spreads = draw(10, 64, seed=5)[y] + 0.5 * draw(128, 64, seed=6), []
+    for rule in (HSIC(balance=100.0, sigma=sigma), lf.rules.Backprop()):
+        found = gradients(learner_of(fifty_layers(activation, norm=norm, gain=gain), rule, x), x, y)
+        sizes = [sum(g.square().sum() for name, g in found.items() if name.split(".")[0] == str(i)).sqrt() for i in range(49)]
+        spreads.append(float(max(sizes) / min(sizes)))
+    assert spreads[0] < 10 < spreads[1]
+
+
+# ---- 7: models and recipes ---------------------------------------------------------------------------------------------------
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_paper_s_perceptron():
+    model = models.normalised_mlp((1, 4, 4), 10, hidden=(8, 6))
+    assert parameters(model) == 16 * 8 + 8 * 6 + 6 * 10 + 10
+    assert model(torch.randn(5, 1, 4, 4)).shape == (5, 10)
+    assert parameters(models.normalised_mlp((1, 4, 4), 10, hidden=(8,), classifier=False)) == 16 * 8 + 8 * 10
+    assert parameters(models.normalised_mlp((1, 4, 4), 10, hidden=(8,), batch_norm=False)) == 17 * 8 + 9 * 10
+    x = torch.randn(5, 1, 4, 4)
+    for activation, function in (("leaky-relu", F.leaky_relu), ("selu", F.selu), ("sigmoid", torch.sigmoid)):
+        layer = models.normalised_mlp((1, 4, 4), 3, hidden=(8,), activation=activation)[0]
+        made = x.flatten(1) @ layer[1].weight.T
+        normal = (made - made.mean(0)) / (made.var(0, unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(layer(x), function(normal))
+    with pytest.raises(ValueError, match="unknown activation 'rellu'"):
+        models.normalised_mlp((1, 4, 4), 10, activation="rellu")
+    with pytest.raises(ValueError, match=r"normalised_mlp: expected hidden layers of 1 unit or more, got \(0,\)"):
+        models.normalised_mlp((1, 4, 4), 10, hidden=(0,))
+
+
+def test_the_paper_s_residual_network():
+    for shape, side in (((1, 28, 28), 12), ((3, 32, 32), 14)):
+        model = models.single_resnet(shape, 10)
+        assert [type(block).__name__ for block in model][1:6] == ["SingleResidualBlock"] * 5
+        convolutions = shape[0] * 25 * 64 + 64 + 5 * 25 * 64 * 64
+        assert parameters(model) == convolutions + side * side * 64 * 512 + 512 + 5130
+    block = models.single_resnet((1, 8, 8), 10, channels=3, depth=1)[1]
+    x = torch.randn(4, 3, 6, 6)
+
+    def normal(y):
+        return F.batch_norm(y, None, None, training=True)
+
+    torch.testing.assert_close(block(x), F.relu(normal(F.relu(normal(F.conv2d(x, block.conv.weight, padding=2))) + x)))
+    assert models.single_resnet((1, 5, 5), 3, channels=2, depth=0, features=4)(torch.randn(2, 1, 5, 5)).shape == (2, 3)
+    with pytest.raises(ValueError, match="single_resnet"):
+        models.single_resnet((1, 4, 4), 10)
+
+
+def test_networks_side_by_side():
+    model, x = models.side_by_side((1, 4, 4), 10, hidden=(8, 6), count=2), torch.randn(5, 1, 4, 4)
+    assert parameters(model) == 2 * (16 * 8 + 8 * 6) + 6 * 10 + 10
+    handed = [model[0].parts[i](x) for i in range(2)]
+    assert_same(model[0](x), tuple(handed))
+    second = [model[1].parts[i](handed[i]) for i in range(2)]
+    mean = F.batch_norm(sum(second) / 2, None, None, training=True)
+    torch.testing.assert_close(model(x), model[2][1](mean))
+    with pytest.raises(ValueError, match="side_by_side: expected one network or more, got count=0"):
+        models.side_by_side((1, 4, 4), 10, count=0)
+    with pytest.raises(ValueError, match="side_by_side: expected one hidden layer or more"):
+        models.side_by_side((1, 4, 4), 10, hidden=())
+
+
+NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+BATCHES = {"mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
+MLP = {"network": "normalised", "layers": 7, "weight_decay": 1e-3}
+FIGURES = {  # series: what the authors' code was run with
+    "hsic-unformatted": {
+        "backprop": MLP | {"units": 1024, "epochs": 5, "learning_rate": 0.05},
+        "HSIC": MLP | {"units": 1024, "epochs": 5, "learning_rate": 1e-3, "sigma": 6.0, "readout": "one-hot"}
+        | {"balance": (200.0, 1000.0, 2500.0), "network_fields": {"classifier": False}, "order_on_evaluated": True},
+    },
+    "hsic-format": {
+        "backprop": MLP | {"units": 128, "epochs": 5, "learning_rate": 1e-3},
+        "HSIC": MLP | {"units": 128, "hidden_epochs": 5, "network_fields": {"last": 128}}
+        | {"learning_rate": 1e-4, "top_learning_rate": 0.005, "sigma": 5.0, "balance": 50.0},
+        **{
+            f"HSIC {n} epoch{'s' if n > 1 else ''}": MLP | {"units": 256, "hidden_epochs": n, "network_fields": {"last": 128}}
+            | {"batch_size": 256, "learning_rate": 1e-4, "top_learning_rate": 0.005, "sigma": 5.0, "balance": 50.0}
+            for n in (1, 5, 10)
+        },
+        **{
+            f"last {n}": MLP | {"learning_rate": 2e-4, "top_learning_rate": 0.01, "balance": 50.0, "network_fields": {"last": n}}
+            for n in (8, 32, 64)
+        },
+    },
+    "hsic-sigma": {
+        f"sigma {sigma:g}": MLP | {"units": 128, "batch_size": 512, "learning_rate": 1e-4, "top_learning_rate": 0.004}
+        | {"sigma": (sigma,), "balance": 50.0, "network_fields": {"last": 64}, "hidden_epochs": 5}
+        for sigma in (1.0, 5.0, 10.0)
+    }
+    | {
+        "combined": MLP | {"network": "side-by-side", "units": 128, "batch_size": 512, "sigma": (1.0, 5.0, 10.0), "balance": 50.0}
+        | {"learning_rate": 1e-4, "top_learning_rate": 0.004, "network_fields": {"last": 64, "count": 3}},
+    },
+    "hsic-resnet": {
+        "HSIC": {"network": "residual", "units": 64, "layers": 8, "batch_size": 512, "learning_rate": 0.01, "hidden_epochs": 5}
+        | {"sigma": 5.0, "balance": (200.0, 500.0, 500.0)},
+        "backprop": {"network": "residual", "units": 64, "batch_size": 512, "learning_rate": 0.01},
+    },
+    "hsic-depth": {
+        f"{method}{suffix}": {"network": "normalised", "units": 1024, "layers": 50, "epochs": 5} | fields
+        for suffix in ("", ", no BatchNorm")
+        for method, fields in (
+            ("backprop", {"learning_rate": 0.01}),
+            ("HSIC", {"learning_rate": 1e-3, "sigma": 6.0, "readout": "one-hot", "order_on_evaluated": True}),
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_paper_panels_of_full_recipes_have_the_paper_s_settings(name):
+    trials = [trial for trial in RECIPES[name]("full").trials if trial.panel.endswith(", paper")]
+    assert {trial.series for trial in trials} == set(FIGURES[name])
+    for trial in trials:
+        assert trial.panel == f"{NAMES[trial.data]}, paper"
+        assert (trial.optimizer, trial.shuffle, trial.pixels, trial.samples, trial.drops) == ("sgd", False, True, None, ())
+        for setting, value in FIGURES[name][trial.series].items():
+            value = value[list(NAMES).index(trial.data)] if setting == "balance" and isinstance(value, tuple) else value
+            assert (getattr(trial, setting) if hasattr(trial, setting) else trial.fields[setting]) == value, setting
+        if "format_after" in trial.fields:
+            epoch = -(-BATCHES[trial.data] // trial.batch_size)
+            assert trial.fields["format_after"] == trial.hidden_epochs * epoch
+            assert trial.epochs == trial.hidden_epochs + 5
+
+
+@pytest.mark.parametrize("budget", ["smoke", "small", "full"])
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_trial_freezes_after_its_hidden_epochs_and_shows_the_rest(name, budget):
+    recipe = RECIPES[name](budget)
+    for trial in recipe.trials:
+        epoch = -(-(trial.samples or BATCHES[trial.data]) // trial.batch_size)
+        assert trial.fields.get("format_after", 0) == trial.hidden_epochs * epoch
+        shown = [x for panel, x, series in recipe.keys() if (panel, series) == (trial.panel, trial.series)]
+        assert shown == list(range(1, trial.epochs - trial.hidden_epochs + 1))
+    assert {trial.panel.split(", ")[1] for trial in recipe.trials} == {"paper", "fair"}
+
+
+CURVE = Trial(
+    panel="digits", series="HSIC", x=None, seed=0, data="digits", samples=300, network="normalised", layers=3, units=16,
+    rule="hsic", fields={"balance": 20.0, "format_after": 2 * 5}, epochs=4, hidden_epochs=2, batch_size=64, shuffle=False,
+    pixels=True, optimizer="sgd", learning_rate=1e-3, top_learning_rate=0.01, drops=(),
+)  # fmt: skip
+ONE_HOT = replace(
+    CURVE, fields={"readout": "one-hot"}, network_fields={"classifier": False}, hidden_epochs=0, top_learning_rate=None,
+    order_on_evaluated=True,
+)  # fmt: skip
+COMBINED = replace(
+    CURVE, network="side-by-side", network_fields={"last": 8, "count": 2}, fields={"sigma": (1.0, 5.0), "format_after": 10}
+)
+
+
+@pytest.mark.parametrize("trial", [CURVE, ONE_HOT, COMBINED], ids=["format", "one-hot", "combined"])
+def test_a_curve_has_an_error_for_each_epoch_and_goes_on_where_it_was_stopped(trial, tmp_path, monkeypatch):
+    whole = trial.run(tmp_path / "whole")
+    assert len(whole["curve"]) == trial.epochs - trial.hidden_epochs
+    assert whole["curve"][-1] == whole["test_error"]
+    assert whole["steps"] == 4 * 5
+    assert replace(trial, hidden_epochs=0, series="all").run(tmp_path / "all")["curve"][trial.hidden_epochs :] == whole["curve"]
+    step = lf.Learner.step
+    for stop in (8, 13, 15):
+        count = []
+
+        def interrupted(self, x, y, *, count=count, stop=stop):
+            count.append(1)
+            if len(count) == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            return step(self, x, y)
+
+        monkeypatch.setattr(lf.Learner, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trial.run(tmp_path / str(stop))
+        monkeypatch.undo()
+        assert trial.run(tmp_path / str(stop)) | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_format_training_of_a_trial_moves_the_classifier_alone_at_its_own_rate():
+    dataset = load_once("digits", "cpu")
+    learner = CURVE.learner(dataset)
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [1e-3, 0.01]
+    assert [id(p) for p in learner.optimizer.param_groups[1]["params"]] == [id(p) for p in learner.model[2].parameters()]
+    x, y = dataset.train.inputs[:64], dataset.train.targets[:64]
+    for step in range(12):
+        before = cases.copy_of(learner.model)
+        learner.step(x, y)
+        moved = {name.split(".")[0] for name, value in learner.model.state_dict().items() if not torch.equal(value, before[name])}
+        assert moved == ({"0", "1"} if step < 10 else {"2"})
+
+
+def test_pixels_are_from_nought_to_one():
+    dataset = load_once("digits", "cpu")
+    found = as_pixels(dataset)
+    assert (float(found.train.inputs.min()), float(found.train.inputs.max())) == (0.0, 1.0)
+    mean, sd = dataset.train.inputs.mean(), dataset.train.inputs.std()
+    torch.testing.assert_close((found.train.inputs - found.train.inputs.mean()) / found.train.inputs.std(), (dataset.train.inputs - mean) / sd)
+    assert_same(found.test.targets, dataset.test.targets)
+    x = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[0, :, 0, 0], x[1, :, 0, 0] = 0.0, 1.0
+    shift, scale = torch.tensor([0.1, 0.5, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 2.0])[:, None, None]
+    parts = Split((x - shift) / scale, torch.zeros(20, dtype=torch.int64))
+    again = as_pixels(replace(dataset, train=parts, test=Split(parts.inputs[3:5], parts.targets[3:5])))
+    torch.testing.assert_close(again.train.inputs, x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again.test.inputs, x[3:5], rtol=1e-5, atol=1e-6)
