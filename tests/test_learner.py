@@ -602,7 +602,9 @@ def test_tied_weights_stay_tied_and_learn(rule, links):
     torch.manual_seed(0)
     model = Tied()
     x, y = data(features=6, classes=6)
-    learner = learner_of(rule, model, example_input=x[:2], links=links)
+    # An objective of its own has a scale of its own: with the default balance these steps would be too long.
+    gentle = lf.rules.HSICBottleneck(balance=1.0) if rule == "hsic" else rule
+    learner = learner_of(gentle, model, example_input=x[:2], links=links)
     before = model.encode.weight.clone()
     first = learner.step(x, y).loss
     for _ in range(15):

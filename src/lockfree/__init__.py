@@ -3,13 +3,13 @@
 `convert` turns any PyTorch model and a rule into a learner; `Trainer` runs it over data.
 """
 
-from lockfree import data, models, rules, synthesisers
+from lockfree import data, hsic, models, probes, rules, synthesisers
 from lockfree.chain import Block, Chain
 from lockfree.cut import CannotCutError
 from lockfree.learner import Learner, StepResult, convert
 from lockfree.link import Link
 from lockfree.objective import Diverged
-from lockfree.rule import Card, Clock, Context, Needs, Pace, Place, Rule, Site
+from lockfree.rule import Card, Clock, Context, Needs, Pace, Place, Rule, Site, Trained
 from lockfree.run import Run, version
 from lockfree.schedule import Action, Kind, Schedule
 from lockfree.trainer import Evaluation, Summary, Trainer, evaluate
@@ -38,11 +38,14 @@ __all__ = [
     "Site",
     "StepResult",
     "Summary",
+    "Trained",
     "Trainer",
     "convert",
     "data",
     "evaluate",
+    "hsic",
     "models",
+    "probes",
     "rules",
     "synthesisers",
 ]

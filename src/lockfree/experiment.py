@@ -18,11 +18,15 @@ from lockfree.choose import choose, unknown
 from lockfree.data import Dataset, TensorLoader, data_root, load
 from lockfree.learner import Learner, convert
 from lockfree.link import Link
+from lockfree.probes import PROBES, Probe
 from lockfree.report import Entry, write
 from lockfree.rule import LOCKS, Rule
 from lockfree.run import Run
 from lockfree.timeline import play
 from lockfree.trainer import Sink, Trainer, evaluate
+
+_PROBED = 512
+"""Test images that probes look at."""
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
@@ -52,6 +56,7 @@ class Settings:
         decay: How it goes from epoch to epoch: cosine (half a cosine down to 0 at the end of the last one) or constant.
         seed: Decides initial weights, the order of the data and dropout.
         device: Where to train: cpu, cuda, cuda:1, ...
+        probe: What looks on along training, with commas: information, activations.
     """
 
     data: str = "fashion-mnist"
@@ -63,6 +68,7 @@ class Settings:
     decay: str = "cosine"
     seed: int = 0
     device: str = "cpu"
+    probe: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +111,16 @@ class Experiment(RuleSettings):
         choose(DECAYS, self.decay, "decay")
         models.check(self.model)
         check_device(self.device)
+        self.make_probes()
         self.make_rule()
 
     def make_rule(self) -> Rule:
         """Makes the rule with its hyperparameters."""
         return rules.get(self.rule, **self.fields)
+
+    def make_probes(self) -> list[Probe]:
+        """Makes the probes that are named."""
+        return [choose(PROBES, name.strip(), "probe")() for name in self.probe.split(",") if name.strip()]
 
     def make_learner(self, dataset: Dataset) -> Learner:
         """Makes model and learner; initial weights come from the seed."""
@@ -150,7 +161,15 @@ class Experiment(RuleSettings):
         if folder is not None:
             run = Run.open(folder) if resume else Run.create(folder, self.config())
         scheduler = _Decay(learner.optimizer, self._share_of_the_rate)
-        trainer = Trainer(learner, run=run, resume=resume, sinks=sinks, scheduler=scheduler)
+        trainer = Trainer(
+            learner,
+            run=run,
+            resume=resume,
+            sinks=sinks,
+            scheduler=scheduler,
+            probes=self.make_probes(),
+            probe_data=(dataset.test.inputs[:_PROBED], dataset.test.targets[:_PROBED]),
+        )
         summary = trainer.fit(loader, test, epochs=self.epochs)
         found = evaluate(learner, test)
         result = {

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class _Products:
 
     def __init__(self) -> None:
         self._lock, self._inside = threading.Lock(), 0
-        self._settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        self._settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyrefly: ignore[missing-attribute]
         self._before: list[str] = []
 
     def enter(self) -> None:

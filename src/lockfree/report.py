@@ -1,5 +1,6 @@
 """The report of a run: one HTML file that needs nothing else, with a table, learning curves and who waited for whom."""
 
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -139,6 +140,7 @@ def render(title: str, entries: Sequence[Entry], *, command: str = "", notes: Se
         columns=_columns([entry.result for entry in entries]),
         charts=_charts(entries),
         timeline=_panels(entries),
+        probes=_probed(entries),
         # A rule that was run with several seeds is cited once.
         citations={entry.title: _linked(entry.citation) for entry in entries if entry.citation},
     )
@@ -269,6 +271,38 @@ def _panels(entries: Sequence[Entry]) -> dict[str, Any]:
         panels.append({**panel, "idle": idle_share(entry.timeline), "kinds": {span.kind for span in entry.timeline}})
     ticks = MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]).tick_values(0, longest)
     return {"rules": panels, "ticks": [(100 * t / longest, _short(t)) for t in ticks if 0 <= t <= longest]}
+
+
+def _probed(entries: Sequence[Entry]) -> list[tuple[str, str, Any]]:
+    """What probes saw, a drawing for each kind of probe; its lettering takes the colour of the page's."""
+    from markupsafe import Markup
+
+    from lockfree.probes import PROBES
+
+    drawings = []
+    for name, probe in PROBES.items():
+        seen = {
+            entry.title: [line for line in entry.history if line.get("kind") == "probe" and line["probe"] == name]
+            for entry in entries
+        }
+        seen = {title: records for title, records in seen.items() if records}
+        if seen:
+            drawings.append((name, probe.said, Markup(_svg(probe.draw(seen)))))
+    return drawings
+
+
+def _svg(figure: Any) -> str:
+    """Returns a figure as inline SVG, transparent, its black replaced by the text colour around it."""
+    import matplotlib as mpl
+
+    stream = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lockfree"}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawn = stream.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace("#000000", "currentColor")
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*"', r'<svg \1width="100%"', re.sub(r'height="[\d.]+pt"', "", drawn, count=1), count=1
+    )
 
 
 def _extent(timeline: Sequence[Span]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lockfree.learner import Learner
 from lockfree.memory import ActivationMeter
+from lockfree.probes import Probe, View
 from lockfree.rng import get_rng, set_rng
 from lockfree.run import Run
 from lockfree.values import Values, batch_size
@@ -97,6 +98,8 @@ class Trainer:
         sinks: Also told of every step and epoch.
         log_every: Steps between two lines in ``metrics.jsonl``, 1 or more.
         checkpoint_every: Steps between two checkpoints, beside the one after every epoch; ``None`` for these alone.
+        probes: Look at the learner along training, and change nothing; what they see is logged and drawn in the report.
+        probe_data: The (inputs, targets) that they look at, a few hundred samples.
         scheduler: A learning-rate scheduler made over ``learner.optimizer``, or several, such as one over
             ``learner.auxiliary_optimizer`` as well; stepped after every epoch.
 
@@ -122,16 +125,21 @@ class Trainer:
         sinks: Sequence[Sink] = (),
         log_every: int = 20,
         checkpoint_every: int | None = None,
+        probes: Sequence[Probe] = (),
+        probe_data: tuple[Values, Any] | None = None,
         scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
     ) -> None:
         self.learner = learner
         self._sinks, self._log_every, self._checkpoint_every = list(sinks), log_every, checkpoint_every
         self._schedulers = [scheduler] if isinstance(scheduler, LRScheduler) else list(scheduler or ())
+        self._probes, self._probe_data = list(probes), probe_data
         self._resume = resume
         self._progress = _Progress()
         for name, every in (("log_every", log_every), ("checkpoint_every", checkpoint_every)):
             if every is not None and every < 1:
                 raise ValueError(f"{name}={every}: give a number of steps, 1 or more")
+        if probes and probe_data is None:
+            raise ValueError("probes need samples to look at: pass probe_data=(inputs, targets), a few hundred of them")
         if resume and run is None:
             raise ValueError("resume=True needs the folder of the run to go on with: pass run=")
         self.run = self._open(run)
@@ -162,8 +170,10 @@ class Trainer:
             raise ValueError(f"epochs={epochs}: give 0 or more")
         self.learner.model.train()
         resumed = self._load(train_loader) if self._resume else None
-        if self.run is not None and resumed is None:
-            self._save(train_loader, get_rng())
+        if resumed is None:
+            self._look(end_of_epoch=True)
+            if self.run is not None:
+                self._save(train_loader, get_rng())
         with _deferred_interrupt() as interrupted:
             while self._progress.epoch < epochs:
                 self._epoch(train_loader, resumed, interrupted)
@@ -189,6 +199,8 @@ class Trainer:
             now = time.perf_counter()
             progress.seconds, clock = progress.seconds + now - clock, now
             steps = self.learner.steps
+            if self._look():
+                clock = time.perf_counter()
             if interrupted() or (self._checkpoint_every and steps % self._checkpoint_every == 0):
                 self._save(loader, start_of_epoch)
                 if interrupted():
@@ -248,9 +260,22 @@ class Trainer:
             found = evaluate(self.learner, val_loader)
             values |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
         self._tell("epoch", values | {"seconds": progress.seconds}, write=True)
+        self._look(end_of_epoch=True)
         for scheduler in self._schedulers:
             scheduler.step()
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
+
+    def _look(self, *, end_of_epoch: bool = False) -> bool:
+        """Lets the probes look whose time it is; returns whether any has."""
+        due = [probe for probe in self._probes if probe.due(self.learner.steps, end_of_epoch=end_of_epoch)]
+        if not due:
+            return False
+        assert self._probe_data is not None
+        view = View(self.learner, *self._probe_data)
+        for probe in due:
+            seen = {"probe": probe.name, "step": self.learner.steps, "epoch": self._progress.epoch, **probe.look(view)}
+            self._tell("probe", seen, write=True)
+        return True
 
     def _tell(self, kind: str, values: dict[str, Any], *, write: bool) -> None:
         if write and self.run is not None:

@@ -68,7 +68,7 @@ def _network(device: str, blocks: int = _BLOCKS, *, classifier: bool = False) ->
     torch.manual_seed(0)
     hidden = (_UNITS,) * blocks
     network = models.normalised_mlp((1, 28, 28), _CLASSES, hidden=hidden).to(device)
-    return network if classifier else network[:-1]
+    return network if classifier else nn.Sequential(*list(network)[:-1])
 
 
 def _steps(device: str) -> dict[str, Callable[[], object]]:

@@ -331,7 +331,7 @@ class _Smoother(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         (inverse,) = ctx.saved_tensors
         return ctx.ridge * inverse @ gradient @ inverse, None
 
@@ -392,7 +392,7 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         wanted = [one for one in ctx.leaves if one.requires_grad]
         with exact_products(gradient.device.type):
             found = iter(torch.autograd.grad(ctx.value, wanted, gradient, retain_graph=True))

@@ -410,7 +410,7 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
         x, found = ctx.saved_tensors
         return ctx.kernel.pullback(x, found, (gradient + gradient.T) / 2), None
 

@@ -84,7 +84,7 @@ class HSICBottleneck(Rule):
         Ma, Lewis, Kleijn 2019, "The HSIC bottleneck: deep learning without back-propagation", arXiv 1908.01580, equation 10.
     """
 
-    balance: float = 500.0
+    balance: float = 50.0
     sigma: float | tuple[float, ...] | None = 5.0
     sigma_x: float | None = None
     sigma_y: float | None = None

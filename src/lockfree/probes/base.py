@@ -1,0 +1,94 @@
+"""What a probe is: it looks at a run now and then, and changes nothing."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lockfree.learner import Learner
+from lockfree.rng import undisturbed
+from lockfree.values import Values, batch_size, tensors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class View:
+    """A learner as a probe sees it: in evaluation mode, on samples of its own.
+
+    Args:
+        learner: What is trained.
+        inputs: The samples, as the model takes them.
+        targets: Their targets.
+    """
+
+    def __init__(self, learner: Learner, inputs: Values, targets: Any) -> None:
+        self.learner, self.inputs, self.targets = learner, inputs, targets
+
+    @cached_property
+    def source(self) -> Float[Tensor, "m d"]:
+        """The network's input, a row for each sample."""
+        return _rows(self.inputs)
+
+    @cached_property
+    def representations(self) -> list[Float[Tensor, "m d"]]:
+        """What each block hands up, bottom to top, a row for each sample; the top block's is the model's output."""
+        values, found = self.inputs, []
+        with undisturbed(self.learner.model), torch.no_grad():
+            self.learner.model.eval()
+            for block in self.learner.chain.blocks:
+                values = block(values)
+                found.append(_rows(values))
+        return found
+
+
+def _rows(values: Values) -> Tensor:
+    """Flattens all numbers of a tree into one row a sample."""
+    samples = batch_size(values)
+    rows = [tensor.reshape(samples, -1) for tensor in tensors(values) if tensor.dim() and len(tensor) == samples]
+    return torch.cat([one if one.dtype == torch.float64 else one.float() for one in rows], dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(ABC):
+    """Looks at a learner and returns plain data; parameters, buffers, modes and random generators stay as they are.
+
+    A subclass gives a ``name`` and what is ``said`` of it in the report, and implements `look` and `draw`.
+
+    Attributes:
+        every: Steps between two looks, 1 or more; ``None``: at the start and after every epoch.
+
+    Raises:
+        ValueError: If ``every`` is below 1.
+    """
+
+    name: ClassVar[str]
+    said: ClassVar[str]
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every={self.every}: give a number of steps, 1 or more, or None for every epoch")
+
+    def due(self, step: int, *, end_of_epoch: bool) -> bool:
+        """Whether it is time to look, after so many steps."""
+        return end_of_epoch if self.every is None else not end_of_epoch and step % self.every == 0
+
+    @abstractmethod
+    def look(self, view: View) -> dict[str, Any]:
+        """Returns what is seen, as JSON values by name."""
+
+    @classmethod
+    @abstractmethod
+    def draw(cls, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+        """Draws what was seen.
+
+        Args:
+            runs: For each run, by its title, the records in the order in which they were made: what `look` returned, with
+                ``step`` and ``epoch``.
+        """
