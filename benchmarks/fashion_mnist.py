@@ -73,7 +73,9 @@ def main() -> None:
         "torch": torch.__version__,
         "lockfree": lf.__version__,
     }
-    arguments.out.write_text(json.dumps({"about": about, "rules": {rule: table[rule] for rule in RULES if rule in table}}, indent=1) + "\n")
+    arguments.out.write_text(
+        json.dumps({"about": about, "rules": {rule: table[rule] for rule in RULES if rule in table}}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -70,6 +70,13 @@ def gaussian(rows, sigma, width=None):
     return torch.exp(-distances / (2 * sigma**2 * (width or rows.shape[1])))
 
 
+def similarity(kernel, rows, sigma, width=None):
+    if kernel == "gaussian":
+        return gaussian(rows, sigma, width)
+    rows = rows / rows.norm(dim=1, keepdim=True) if kernel == "cosine" else rows
+    return rows @ rows.T
+
+
 def measure(objective, K, L, epsilon):
     m = len(K)
     if objective == "phsic":
@@ -92,19 +99,18 @@ def flattened(x):
     return torch.cat(rows, 1), sum(part[0].numel() for part in parts)
 
 
-def naive(z, x, y, sigma, *, objective="nhsic", balance=20.0, epsilon=1e-5, sigma_x=None, sigma_y=None, block_size=0, classes=4):
-    """The objective of one tensor of a block's output."""
-    targets = y.to(F64).reshape(len(y), -1) if y.is_floating_point() else one_hot(y, classes)
-    size = min(block_size or len(z), len(z))
-    inputs, width = flattened(x)
-    found = []
+def naive(z, x, y, sigma, **settings):
+    """The objective of one tensor of a block's output; labels are rows of 0 and 1, less their mean if classes are balanced."""
+    of = {"objective": "nhsic", "kernel": "gaussian", "balance": 20.0, "epsilon": 1e-5} | settings
+    targets = y.to(F64).reshape(len(y), -1) if y.is_floating_point() else one_hot(y, CLASSES) - 1 / CLASSES
+    (inputs, width), size, found = flattened(x), min(of.get("block_size") or len(z), len(z)), []
     for start in range(0, len(z) - size + 1, size):
         part = slice(start, start + size)
-        K = gaussian(z[part].flatten(1), sigma)
-        X = gaussian(inputs[part], sigma_x or sigma, width)
-        Y = gaussian(targets[part], sigma_y or sigma)
-        first = measure(objective, K, K if objective == "phsic" else X, epsilon)
-        found.append(first - balance * measure(objective, K, Y, epsilon))
+        Z = similarity(of["kernel"], z[part].flatten(1), sigma)
+        X = Z if of["objective"] == "phsic" else similarity(of["kernel"], inputs[part], of.get("sigma_x", sigma), width)
+        Y = similarity(of["kernel"], targets[part], of.get("sigma_y", sigma))
+        both = [measure(of["objective"], Z, other, of["epsilon"]) for other in (X, Y)]
+        found.append(both[0] - of["balance"] * both[1])
     return sum(found) / len(found)
 
 
@@ -151,22 +157,22 @@ def mlp(out=CLASSES):
 
 
 class Skips(nn.Module):
-    """The second block is given, and the third one needs, what the first one made."""
+    """What the first block made, the second and the third one need; the second hands it on as well."""
 
     def __init__(self):
         super().__init__()
-        self.stem, self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(16, 8), nn.Linear(8, CLASSES)
+        self.stem, self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, CLASSES)
 
     def forward(self, x):
         one = torch.tanh(self.stem(x))
         two = one + torch.tanh(self.first(one))
-        three = torch.tanh(self.second(torch.cat([two, one], dim=1)))
-        return self.head(three)
+        return self.head(torch.tanh(self.second(two)) + one)
 
     def made(self, x):
         one = torch.tanh(self.stem(x))
         two = one.detach() + torch.tanh(self.first(one.detach()))
-        three = torch.tanh(self.second(torch.cat([two, one], dim=1).detach()))
+        three = torch.tanh(self.second(two.detach())) + one.detach()
         return [[one], [two], [three], [self.head(three.detach())]]
 
 
@@ -200,7 +206,9 @@ def convolutional():
 
 
 def words():
-    return nn.Sequential(nn.Sequential(nn.Embedding(7, 3), nn.Flatten()), nn.Sequential(nn.Linear(15, 6), nn.Tanh()), nn.Linear(6, 4))
+    return nn.Sequential(
+        nn.Sequential(nn.Embedding(7, 3), nn.Flatten()), nn.Sequential(nn.Linear(15, 6), nn.Tanh()), nn.Linear(6, 4)
+    )
 
 
 def sequences():
@@ -244,24 +252,26 @@ SETTINGS = [
     *({"objective": objective, "sigma": sigma} for objective in ("nhsic", "hsic", "phsic") for sigma in (5.0, 0.8, None)),
     {"sigma_x": 1.0, "sigma_y": 0.3},
     {"objective": "hsic", "sigma_x": 1.0, "sigma_y": 0.3, "sigma": None},
+    *({"kernel": kernel, "objective": objective} for kernel, objective in (("linear", "nhsic"), ("linear", "phsic"))),
+    {"kernel": "cosine", "objective": "phsic", "balance": 2.0},
+    {"readout": "one-hot"},
+    {"readout": "heads"},
     {"balance": 0.0},
     {"balance": 300.0, "epsilon": 1e-2},
-    *({"block_size": size, "objective": objective} for size, objective in ((4, "nhsic"), (3, "hsic"), (2, "phsic"), (50, "nhsic"))),
+    *(
+        {"block_size": size, "objective": objective}
+        for size, objective in ((4, "nhsic"), (3, "hsic"), (2, "phsic"), (50, "nhsic"))
+    ),
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_setting_means_what_the_formula_says(settings):
-    y = labels(10)
-    found = gradients(learner_of(mlp(), HSIC(**{"balance": 20.0} | settings), X), X, y)
-    model = mlp()
-    assert_near(found, naive_gradients(model, in_sequence(model, X), X, y, **settings))
-
-
-@pytest.mark.parametrize("readout", ["one-hot", "heads"])
-def test_without_a_classifier_the_top_block_descends_the_objective_too(readout):
-    found, model = gradients(learner_of(mlp(), HSIC(balance=20.0, readout=readout), X), X, labels(10)), mlp()
-    assert_near(found, naive_gradients(model, in_sequence(model, X), X, labels(10), supervised=False))
+    """Without a classifier the top block descends the objective, too."""
+    found = gradients(learner_of(mlp(), HSIC(**{"balance": 20.0} | settings), X), X, labels(10))
+    model, about = mlp(), {name: value for name, value in settings.items() if name != "readout"}
+    made = in_sequence(model, X)
+    assert_near(found, naive_gradients(model, made, X, labels(10), supervised="readout" not in settings, **about))
 
 
 @pytest.mark.parametrize("name", ["mlp", "words"])
@@ -272,13 +282,6 @@ def test_in_double_precision_all_digits_are_right(name):
     assert_near(found, naive_gradients(model, in_sequence(model, x), x, y, loss), tolerance=1e-10)
 
 
-@pytest.mark.parametrize("samples", [2, 3])
-def test_a_batch_of_two_or_three_is_enough(samples):
-    x, y = X[:samples], torch.arange(samples)
-    found, model = gradients(learner_of(mlp(), HSIC(balance=20.0), x), x, y), mlp()
-    assert_near(found, naive_gradients(model, in_sequence(model, x), x, y), tolerance=1e-5)
-
-
 @pytest.mark.parametrize("sigma", [5.0, None])
 def test_a_batch_of_one_says_nothing_about_dependence(sigma):
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double()
@@ -286,19 +289,28 @@ def test_a_batch_of_one_says_nothing_about_dependence(sigma):
     assert [bool(g.any()) for g in found.values()] == [False, False, True, True]
 
 
+ODD = {
+    "two": (X[:2], torch.arange(2)),
+    "three": (X[:3], torch.arange(3)),
+    "one class": (X, torch.ones(10, dtype=torch.int64)),
+    "constant input": (torch.ones(10, 6, dtype=F64), labels(10)),
+}
+
+
 @pytest.mark.parametrize("sigma", [5.0, None])
-@pytest.mark.parametrize(("x", "y"), [(X, torch.ones(10, dtype=torch.int64)), (torch.ones(10, 6, dtype=F64), labels(10))])
-def test_one_class_alone_and_a_constant_input(x, y, sigma):
+@pytest.mark.parametrize("batch", ODD)
+def test_small_and_one_sided_batches(batch, sigma):
     """One class: nothing to know, so the blocks forget the input. A constant input: nothing can be learnt from it."""
 
     def make():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, CLASSES)).double()
 
-    found, model = gradients(learner_of(make(), HSIC(balance=20.0, sigma=sigma), x), x, y), make()
+    (x, y), model = ODD[batch], make()
+    found = gradients(learner_of(make(), HSIC(balance=20.0, sigma=sigma), x), x, y)
     blocks = [nn.Sequential(*list(model)[i : i + 2]) for i in (0, 2, 4)]
     assert_near(found, naive_gradients(model, in_sequence(blocks, x), x, y, sigma=sigma))
-    assert bool(found["0.weight"].abs().max() > 1e-9) == (x is X)
+    assert bool(found["0.weight"].abs().max() > 1e-9) == (batch != "constant input")
 
 
 @pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
@@ -315,21 +327,21 @@ def test_optimizers_see_these_gradients(optimizer):
     mine, theirs = learner.optimizer.state_dict()["state"], reference.state_dict()["state"]
     assert mine.keys() == theirs.keys()
     for index, state in theirs.items():
-        assert_near({k: v for k, v in mine[index].items() if v is not None}, {k: v for k, v in state.items() if v is not None}, 1e-4)
-    assert_near(dict(learner.model.named_parameters()), dict(model.named_parameters()), tolerance=1e-4)
+        kept = {name: value for name, value in state.items() if value is not None}
+        assert_near({name: mine[index][name] for name in kept}, kept, tolerance=1e-4)
+    assert_near(dict(learner.model.state_dict()), dict(model.state_dict()), tolerance=1e-4)
 
 
 # ---- 2: locality -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("blocks", "groups"), [(["2"], [2, 2]), (["1", "3"], [1, 2, 1]), (2, None), (1, [4])])
-def test_the_model_is_cut_where_it_is_told_and_only_there_it_learns(blocks, groups):
+@pytest.mark.parametrize(("blocks", "count"), [(["2"], 2), (["0.1", "1.2", "3"], 4), (2, 2), (3, 3), (1, 1)])
+def test_the_model_is_cut_where_it_is_told_and_learns_there(blocks, count):
     learner, model = learner_of(mlp(), HSIC(balance=20.0), X, blocks=blocks), mlp()
-    assert len(learner.cells) == (blocks if groups is None else len(groups))
-    if groups is None:  # cut by memory: find out where from what the pieces own
-        groups = [len({layer.split(".")[0] for layer, _ in cell.block.layers()} - {""}) for cell in learner.cells]
-    starts = [0, *itertools.accumulate(groups)]
-    pieces = [nn.Sequential(*list(model)[a:b]) for a, b in itertools.pairwise(starts)]
+    assert len(learner.cells) == count
+    leaves = {name: layer for name, layer in model.named_modules() if not list(layer.children())}
+    pieces = [nn.Sequential(*(leaves[n] for n, _ in cell.block.layers() if n in leaves)) for cell in learner.cells]
+    assert [id(layer) for piece in pieces for layer in piece] == [id(layer) for layer in leaves.values()]
     assert_near(gradients(learner, X, labels(10)), naive_gradients(model, in_sequence(pieces, X), X, labels(10)))
 
 
@@ -382,7 +394,9 @@ def deep(blocks, width=16):
     return nn.Sequential(*body, nn.Linear(width, CLASSES))
 
 
-@pytest.mark.parametrize("settings", [{}, {"sigma": None, "readout": "heads"}, {"readout": "one-hot", "block_size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"sigma": None, "readout": "heads"}, {"readout": "one-hot", "block_size": 16}], ids=str
+)
 def test_peak_memory_is_that_of_one_block(settings):
     peaks = []
     for blocks in (3, 12):
@@ -557,7 +571,7 @@ def test_each_head_descends_the_loss_and_one_is_read(head):
                 w.detach() - g for w, g in zip(leaves, torch.autograd.grad(losses[index], leaves), strict=True)
             )
         found = learner.step(x, y).auxiliary
-        torch.testing.assert_close({i: v for i, v in sorted(found.items())}, {i: v.detach() for i, v in losses.items()})
+        torch.testing.assert_close(dict(sorted(found.items())), {i: v.detach() for i, v in losses.items()})
     scores = learner.predict(X)
     blocks = learner.model.eval()[: range(4)[head] + 1]
     torch.testing.assert_close(scores, F.linear(blocks(X), *weights[head]).detach(), rtol=1e-10, atol=1e-12)
@@ -574,22 +588,24 @@ def test_heads_of_several_tensors_are_summed():
     torch.testing.assert_close(learner.predict(x), wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_heads_keep_2048_features_of_images():
-    for shape, kept in (((32, 8, 8), 2048), ((32, 16, 16), 32 * 64), ((33, 16, 16), 33 * 49), ((3000, 2, 2), 3000), ((4000,), 4000)):
+def test_heads_keep_2048_features_of_images_and_read_each_place_of_sequences():
+    for shape, kept in (
+        ((32, 8, 8), 2048),
+        ((32, 16, 16), 32 * 64),
+        ((33, 16, 16), 33 * 49),
+        ((3000, 2, 2), 3000),
+        ((4000,), 4000),
+    ):
         assert Head(torch.zeros(2, *shape), torch.zeros(2, 5)).linear.in_features == kept
-    head, y = Head(draw(2, 32, 16, 16), draw(2, 5)), draw(3, 32, 16, 16)
-    nn.init.normal_(head.linear.weight)
-    means = y.unflatten(2, (8, 2)).unflatten(4, (8, 2)).mean((3, 5))
-    torch.testing.assert_close(head(y), F.linear(means.flatten(1), head.linear.weight))
-
-
-def test_heads_of_sequences_read_each_place():
-    head, y = Head(draw(2, 5, 6), draw(2, 5, 4)), draw(3, 5, 6)
-    nn.init.normal_(head.linear.weight)
-    torch.testing.assert_close(head(y), torch.einsum("btd,cd->btc", y, head.linear.weight))
-    other = Head(draw(2, 6), draw(2, 5, 4))
-    nn.init.normal_(other.linear.weight)
-    torch.testing.assert_close(other(y[:, 0])[:, 2, 3], y[:, 0] @ other.linear.weight.view(5, 4, 6)[2, 3])
+    heads = [Head(draw(2, *shape), draw(2, *to)) for shape, to in (((32, 16, 16), (5,)), ((5, 6), (5, 4)), ((6,), (5, 4)))]
+    for head in heads:
+        nn.init.normal_(head.linear.weight)
+    image, sequence = draw(3, 32, 16, 16), draw(3, 5, 6)
+    means = image.unflatten(2, (8, 2)).unflatten(4, (8, 2)).mean((3, 5))
+    torch.testing.assert_close(heads[0](image), F.linear(means.flatten(1), heads[0].linear.weight))
+    torch.testing.assert_close(heads[1](sequence), torch.einsum("btd,cd->btc", sequence, heads[1].linear.weight))
+    weight = heads[2].linear.weight.view(5, 4, 6)
+    torch.testing.assert_close(heads[2](sequence[:, 0]), torch.einsum("bd,tcd->btc", sequence[:, 0], weight))
 
 
 @pytest.mark.parametrize("head", [4, -5])
@@ -599,7 +615,9 @@ def test_a_head_that_is_not_there_is_refused(head):
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])
-@pytest.mark.parametrize("settings", [{}, {"format_after": 2}, {"readout": "one-hot"}, {"readout": "heads", "head": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"format_after": 2}, {"readout": "one-hot"}, {"readout": "heads", "head": 1}], ids=str
+)
 def test_predicting_changes_nothing(settings, schedule):
     model = nn.Sequential(*mlp()[:2], nn.Sequential(nn.Linear(8, 7), nn.Dropout(0.5)), nn.Linear(7, 4)).double()
     learner = learner_of(model, HSIC(**settings), X, schedule=schedule, optimizer=cases.momentum)
@@ -666,7 +684,7 @@ def test_under_autocast_credits_are_taken_in_float32(settings):
         z = context.outputs[0].to(F64).requires_grad_()
         wanted = {"objective": "nhsic", "sigma": 5.0} | {k: v for k, v in settings.items() if k != "readout"}
         (gradient,) = torch.autograd.grad(naive(z, x, y, **wanted), z)
-        assert_near({"credit": credit.to(F64)}, {"credit": gradient}, tolerance=2e-2)
+        assert_near({"credit": credit.to(F64)}, {"credit": gradient}, tolerance=0.1 if "sigma" in settings else 2e-2)
     assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in learner.model.parameters())
 
 
@@ -689,12 +707,10 @@ REFUSED = [
     ({"features": 4, "landmarks": 4}, "two ways to approximate a kernel"),
     ({"features": 4, "kernel": "linear"}, "random features approximate a Gaussian kernel"),
     ({"features": 4, "sigma": None}, "random features approximate a Gaussian kernel"),
-    ({"features": 4, "sigma": (1.0, None)}, "random features approximate a Gaussian kernel"),
     ({"format_after": 3, "readout": "heads"}, "format_after=3 formats a classifier, which readout='heads' has none of"),
     ({"format_after": 3, "readout": "one-hot"}, "format_after=3"),
     ({"sigma": 0.0}, r"sigma=0\.0: a bandwidth must be positive"),
     ({"sigma": (1.0, -2.0)}, r"sigma=-2\.0"),
-    ({"sigma": ()}, "sigma"),
     ({"sigma_x": -1.0}, r"sigma=-1\.0"),
     ({"sigma_y": 0.0}, r"sigma=0\.0"),
     ({"balance": -1.0}, r"balance=-1\.0: give 0 or more"),
@@ -715,13 +731,13 @@ def test_numbers_out_of_range_are_refused(fields, match):
 
 @pytest.mark.parametrize("readout", ["classifier", "one-hot", "heads"])
 def test_sigmas_must_be_as_many_as_tensors(readout):
-    with pytest.raises(ValueError, match=r"block 0 hands up 1 tensors; give one sigma, or one for each"):
+    with pytest.raises(ValueError, match=r"block 0 hands up 1 tensor\(s\) to learn; give one sigma, or one for each"):
         learner_of(mlp(), HSIC(sigma=(1.0, 2.0), readout=readout), X)
     x = X.view(10, 1, 2, 3)
-    with pytest.raises(ValueError, match=r"block 0 hands up 3 tensors; give one sigma, or one for each"):
+    with pytest.raises(ValueError, match=r"block 0 hands up 3 tensor\(s\) to learn; give one sigma, or one for each"):
         learner_of(built(beside), HSIC(sigma=(1.0, 2.0), readout=readout), x)
     if readout != "classifier":  # the top block learns by HSIC, too
-        with pytest.raises(ValueError, match=r"block 2 hands up 1 tensors; give one sigma, or one for each"):
+        with pytest.raises(ValueError, match=r"block 2 hands up 1 tensor\(s\) to learn; give one sigma, or one for each"):
             learner_of(built(beside), HSIC(sigma=(1.0, 2.0, 3.0), readout=readout), x)
 
 
@@ -863,77 +879,60 @@ def test_networks_side_by_side():
 
 
 NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-BATCHES = {"mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
-MLP = {"network": "normalised", "layers": 7, "weight_decay": 1e-3}
-FIGURES = {  # series: what the authors' code was run with
-    "hsic-unformatted": {
-        "backprop": MLP | {"units": 1024, "epochs": 5, "learning_rate": 0.05},
-        "HSIC": MLP | {"units": 1024, "epochs": 5, "learning_rate": 1e-3, "sigma": 6.0, "readout": "one-hot"}
-        | {"balance": (200.0, 1000.0, 2500.0), "network_fields": {"classifier": False}, "order_on_evaluated": True},
-    },
-    "hsic-format": {
-        "backprop": MLP | {"units": 128, "epochs": 5, "learning_rate": 1e-3},
-        "HSIC": MLP | {"units": 128, "hidden_epochs": 5, "network_fields": {"last": 128}}
-        | {"learning_rate": 1e-4, "top_learning_rate": 0.005, "sigma": 5.0, "balance": 50.0},
-        **{
-            f"HSIC {n} epoch{'s' if n > 1 else ''}": MLP | {"units": 256, "hidden_epochs": n, "network_fields": {"last": 128}}
-            | {"batch_size": 256, "learning_rate": 1e-4, "top_learning_rate": 0.005, "sigma": 5.0, "balance": 50.0}
-            for n in (1, 5, 10)
-        },
-        **{
-            f"last {n}": MLP | {"learning_rate": 2e-4, "top_learning_rate": 0.01, "balance": 50.0, "network_fields": {"last": n}}
-            for n in (8, 32, 64)
-        },
-    },
-    "hsic-sigma": {
-        f"sigma {sigma:g}": MLP | {"units": 128, "batch_size": 512, "learning_rate": 1e-4, "top_learning_rate": 0.004}
-        | {"sigma": (sigma,), "balance": 50.0, "network_fields": {"last": 64}, "hidden_epochs": 5}
-        for sigma in (1.0, 5.0, 10.0)
-    }
-    | {
-        "combined": MLP | {"network": "side-by-side", "units": 128, "batch_size": 512, "sigma": (1.0, 5.0, 10.0), "balance": 50.0}
-        | {"learning_rate": 1e-4, "top_learning_rate": 0.004, "network_fields": {"last": 64, "count": 3}},
-    },
-    "hsic-resnet": {
-        "HSIC": {"network": "residual", "units": 64, "layers": 8, "batch_size": 512, "learning_rate": 0.01, "hidden_epochs": 5}
-        | {"sigma": 5.0, "balance": (200.0, 500.0, 500.0)},
-        "backprop": {"network": "residual", "units": 64, "batch_size": 512, "learning_rate": 0.01},
-    },
-    "hsic-depth": {
-        f"{method}{suffix}": {"network": "normalised", "units": 1024, "layers": 50, "epochs": 5} | fields
-        for suffix in ("", ", no BatchNorm")
-        for method, fields in (
-            ("backprop", {"learning_rate": 0.01}),
-            ("HSIC", {"learning_rate": 1e-3, "sigma": 6.0, "readout": "one-hot", "order_on_evaluated": True}),
-        )
-    },
-}  # fmt: skip
+IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
+PLAIN = {"classifier": False}
+FIGURES = [  # what the authors ran: units, batch size, rate, the classifier's, sigma, balance, fields of the network
+    ("hsic-unformatted", "backprop", 1024, 256, 0.05, None, None, None, {}),
+    ("hsic-unformatted", "HSIC", 1024, 256, 1e-3, None, 6.0, (200.0, 1000.0, 2500.0), PLAIN),
+    ("hsic-format", "backprop", 128, 256, 1e-3, None, None, None, {}),
+    ("hsic-format", "HSIC", 128, 256, 1e-4, 0.005, 5.0, 50.0, {"last": 128}),
+    *(
+        ("hsic-format", f"HSIC {n}", 256, 256, 1e-4, 0.005, 5.0, 50.0, {"last": 128})
+        for n in ("1 epoch", "5 epochs", "10 epochs")
+    ),
+    *(("hsic-format", f"last {n}", 256, 256, 2e-4, 0.01, 5.0, 50.0, {"last": n}) for n in (8, 32, 64)),
+    *(("hsic-sigma", f"sigma {one:g}", 128, 512, 1e-4, 0.004, (one,), 50.0, {"last": 64}) for one in (1.0, 5.0, 10.0)),
+    ("hsic-sigma", "combined", 128, 512, 1e-4, 0.004, (1.0, 5.0, 10.0), 50.0, {"last": 64, "count": 3}),
+    ("hsic-resnet", "HSIC", 64, 512, 0.01, None, 5.0, (200.0, 500.0, 500.0), {}),
+    ("hsic-resnet", "backprop", 64, 512, 0.01, None, None, None, {}),
+    ("hsic-depth", "backprop", 1024, 256, 0.01, None, None, None, {"batch_norm": True}),
+    ("hsic-depth", "HSIC", 1024, 256, 1e-3, None, 6.0, (500.0, 1000.0, 2500.0), PLAIN | {"batch_norm": True}),
+    ("hsic-depth", "backprop, no BatchNorm", 1024, 256, 0.01, None, None, None, {"batch_norm": False}),
+    ("hsic-depth", "HSIC, no BatchNorm", 1024, 256, 1e-3, None, 6.0, (500.0, 1000.0, 2500.0), PLAIN | {"batch_norm": False}),
+]
+NETWORKS = {"hsic-resnet": ("residual", 8), "hsic-depth": ("normalised", 50)}
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_the_paper_panels_of_full_recipes_have_the_paper_s_settings(name):
+@pytest.mark.parametrize("row", FIGURES, ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_paper_panels_of_full_recipes_have_the_authors_settings(row):
+    name, series, units, batch, rate, top_rate, sigma, balance, network = row
     trials = [trial for trial in RECIPES[name]("full").trials if trial.panel.endswith(", paper")]
-    assert {trial.series for trial in trials} == set(FIGURES[name])
-    for trial in trials:
+    assert {trial.series for trial in trials} == {one[1] for one in FIGURES if one[0] == name}
+    for trial in (trial for trial in trials if trial.series == series):
+        wanted = balance[list(NAMES).index(trial.data)] if isinstance(balance, tuple) else balance
+        readout = "one-hot" if PLAIN.items() <= network.items() else None
+        epochs = int(series.split()[1]) if "epoch" in series else 5
+        before = 0 if sigma is None or readout else epochs
         assert trial.panel == f"{NAMES[trial.data]}, paper"
         assert (trial.optimizer, trial.shuffle, trial.pixels, trial.samples, trial.drops) == ("sgd", False, True, None, ())
-        for setting, value in FIGURES[name][trial.series].items():
-            value = value[list(NAMES).index(trial.data)] if setting == "balance" and isinstance(value, tuple) else value
-            assert (getattr(trial, setting) if hasattr(trial, setting) else trial.fields[setting]) == value, setting
-        if "format_after" in trial.fields:
-            epoch = -(-BATCHES[trial.data] // trial.batch_size)
-            assert trial.fields["format_after"] == trial.hidden_epochs * epoch
-            assert trial.epochs == trial.hidden_epochs + 5
+        kind = "side-by-side" if series == "combined" else "normalised"
+        assert (trial.network, trial.layers) == NETWORKS.get(name, (kind, 7))
+        assert (trial.units, trial.batch_size, trial.network_fields) == (units, batch, network)
+        assert (trial.learning_rate, trial.top_learning_rate) == (rate, top_rate)
+        assert tuple(trial.fields.get(field) for field in ("sigma", "balance", "readout")) == (sigma, wanted, readout)
+        assert (trial.hidden_epochs, trial.epochs, trial.order_on_evaluated) == (before, before + 5, bool(readout))
+        assert trial.weight_decay == (1e-5 if (name, series) == ("hsic-resnet", "backprop") else 1e-3)
 
 
 @pytest.mark.parametrize("budget", ["smoke", "small", "full"])
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", sorted({row[0] for row in FIGURES}))
 def test_every_trial_freezes_after_its_hidden_epochs_and_shows_the_rest(name, budget):
     recipe = RECIPES[name](budget)
+    keys = recipe.keys()
     for trial in recipe.trials:
-        epoch = -(-(trial.samples or BATCHES[trial.data]) // trial.batch_size)
+        epoch = -(-(trial.samples or IMAGES[trial.data]) // trial.batch_size)
         assert trial.fields.get("format_after", 0) == trial.hidden_epochs * epoch
-        shown = [x for panel, x, series in recipe.keys() if (panel, series) == (trial.panel, trial.series)]
+        shown = [x for panel, x, series in keys if (panel, series) == (trial.panel, trial.series)]
         assert shown == list(range(1, trial.epochs - trial.hidden_epochs + 1))
     assert {trial.panel.split(", ")[1] for trial in recipe.trials} == {"paper", "fair"}
 
@@ -985,7 +984,9 @@ def test_format_training_of_a_trial_moves_the_classifier_alone_at_its_own_rate()
     for step in range(12):
         before = cases.copy_of(learner.model)
         learner.step(x, y)
-        moved = {name.split(".")[0] for name, value in learner.model.state_dict().items() if not torch.equal(value, before[name])}
+        moved = {
+            name.split(".")[0] for name, value in learner.model.state_dict().items() if not torch.equal(value, before[name])
+        }
         assert moved == ({"0", "1"} if step < 10 else {"2"})
 
 
@@ -994,7 +995,9 @@ def test_pixels_are_from_nought_to_one():
     found = as_pixels(dataset)
     assert (float(found.train.inputs.min()), float(found.train.inputs.max())) == (0.0, 1.0)
     mean, sd = dataset.train.inputs.mean(), dataset.train.inputs.std()
-    torch.testing.assert_close((found.train.inputs - found.train.inputs.mean()) / found.train.inputs.std(), (dataset.train.inputs - mean) / sd)
+    torch.testing.assert_close(
+        (found.train.inputs - found.train.inputs.mean()) / found.train.inputs.std(), (dataset.train.inputs - mean) / sd
+    )
     assert_same(found.test.targets, dataset.test.targets)
     x = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     x[0, :, 0, 0], x[1, :, 0, 0] = 0.0, 1.0

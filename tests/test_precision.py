@@ -96,8 +96,10 @@ def test_every_rule_trains_under_autocast(rule, schedule, model):
     # Nobody waits for activations from below that runs on synthetic inputs.
     assert len(losses) == steps - (case.blocks - 1 if schedule.schedule == "pipelined" and rule.locks else 0)
     assert torch.tensor(losses).isfinite().all()
-    if model == "mlp":
+    if model == "mlp" and learner.cells[-1].needs == lf.Needs.ABOVE:  # or nothing descends this loss
         assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    elif model == "mlp" and rule.name == "hsic-heads":
+        assert results[-1].auxiliary[0] < 0.98 * results[0].auxiliary[0]
     for name, parameter in learner.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert bool(parameter.isfinite().all())
@@ -185,5 +187,8 @@ def test_every_rule_keeps_double_precision(rule, model):
         torch.testing.assert_close(dict(part.state_dict()), dict(other.state_dict()), rtol=1e-3, atol=1e-4, check_dtype=False)
     # the top block learns from the first step on, unless it rests
     learnt = any(action.kind is Kind.LEARN and action.cell == len(double.cells) - 1 for action in double.schedule.actions(4))
-    assert learnt or rule.name == "dni-sparse"
-    assert {not torch.equal(weight, weight.float().double()) for weight in double.cells[-1].block.parameters()} == {learnt}
+    assert learnt or rule.name in ("dni-sparse", "hsic-format")
+    moved = [not torch.equal(weight, weight.float().double()) for weight in double.cells[-1].block.parameters()]
+    # HSIC does not change when a bias shifts all samples alike, so that one stays.
+    assert any(moved) == learnt
+    assert all(moved) == learnt or double.cells[-1].needs < lf.Needs.ABOVE

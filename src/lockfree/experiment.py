@@ -281,12 +281,18 @@ def _parse(text: str, kind: Any) -> Any:
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if types.NoneType in options and text.lower() == "none":
         return None
-    (kind,) = (option for option in options if option is not types.NoneType)
+    *others, kind = sorted((option for option in options if option is not types.NoneType), key=_is_tuple)
+    if others and not (_is_tuple(kind) and "," in text):  # one, or several with commas
+        kind = others[0]
     if kind is bool:
         return choose({"true": True, "1": True, "false": False, "0": False}, text.lower(), "truth value")
-    if typing.get_origin(kind) is tuple:
+    if _is_tuple(kind):
         return tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
     return kind(text)
+
+
+def _is_tuple(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
 
 
 def _describe(kind: Any) -> str:

@@ -110,7 +110,7 @@ class OneHot(Readout):
         classes = units if self.classes is None else self.classes
         if classes > units:
             raise ValueError(f"{classes} classes cannot be read out of {units} outputs: widen the model's last layer")
-        return _ClassMeans(classes, units).to(site.scores)
+        return _ClassMeans(classes, units).to(site.scores.device, torch.promote_types(site.scores.dtype, torch.float32))
 
     def learn(self, context: Context) -> Tensor | None:
         means, (outputs,) = cast("_ClassMeans", context.auxiliary), context.outputs
@@ -135,7 +135,9 @@ class _ClassMeans(nn.Module):
         sums, counts = cast("Tensor", self.sums), cast("Tensor", self.counts)
         if target.shape != outputs.shape[:1] or target.is_floating_point():
             raise ValueError(f"classes are read out of class numbers of shape (batch,), the targets are {describe(target)}")
-        known = (target >= 0) & (target < len(sums))  # others are ignored by the loss, too
+        known = target >= 0  # cross entropy ignores others, too
+        if int(target.max()) >= len(sums):
+            raise ValueError(f"targets hold class {int(target.max())}, but classes={len(sums)}: raise it, or mend the labels")
         for total, value in ((sums, outputs.to(sums.dtype)), (counts, torch.ones_like(outputs[:, :1], dtype=sums.dtype))):
             total.mul_(0.99).index_add_(0, target[known], value[known])
 
@@ -270,10 +272,11 @@ class Head(nn.Module):
             self.linear = nn.Linear(self.pool(y[:1]).numel(), scores[0].numel())
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.to(y.device, y.dtype)
+        self.to(y.device, torch.promote_types(y.dtype, torch.float32))  # an example under autocast may be of less
 
     def forward(self, y: Tensor) -> Tensor:
         """Returns the scores."""
+        y = y.to(self.linear.weight.dtype)
         if self._sequence:
             return self.linear(y)
         return self.linear(self.pool(y).flatten(1)).unflatten(1, self._shape)

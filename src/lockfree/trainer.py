@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lockfree.learner import Learner
 from lockfree.memory import ActivationMeter
 from lockfree.probes import Probe, View
-from lockfree.rng import get_rng, set_rng
+from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.run import Run
 from lockfree.values import Values, batch_size
 
@@ -273,8 +273,10 @@ class Trainer:
         assert self._probe_data is not None
         view = View(self.learner, *self._probe_data)
         for probe in due:
-            seen = {"probe": probe.name, "step": self.learner.steps, "epoch": self._progress.epoch, **probe.look(view)}
-            self._tell("probe", seen, write=True)
+            with undisturbed(self.learner.model):
+                seen = probe.look(view)
+            about = {"probe": probe.name, "step": self.learner.steps, "epoch": self._progress.epoch}
+            self._tell("probe", about | seen, write=True)
         return True
 
     def _tell(self, kind: str, values: dict[str, Any], *, write: bool) -> None:

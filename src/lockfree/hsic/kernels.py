@@ -436,6 +436,8 @@ def _typical(distances: Tensor) -> float:
     """Returns the median of the squared distances of different samples; their mean if it is 0, and 1 if that is, too."""
     rows, columns = distances.shape
     apart = distances[~torch.eye(rows, columns, dtype=torch.bool, device=distances.device)]
+    if not len(apart):
+        return 1.0
     return float(apart.median()) or float(apart.mean()) or 1.0
 
 

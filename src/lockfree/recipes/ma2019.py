@@ -302,7 +302,6 @@ def hsic_resnet(budget: str) -> Recipe:
     for setting, data, seed in _settings(size):
         paper = setting == "paper"
         here = _Size(data=(data,), units=16, samples=10_000) if budget == "small" and not paper else size
-        # In the paper's code the classifier and backpropagation have a smaller weight decay than HSIC.
         descent = (_PAPER if paper else _FAIR) | {"drops": ()}
         shared: dict[str, Any] = {
             "panel": f"{_NAMES[data]}, {setting}",
@@ -317,6 +316,7 @@ def hsic_resnet(budget: str) -> Recipe:
             **descent,
         }
         rate = 0.01 if paper else 1e-3
+        backprop: dict[str, Any] = shared | ({"weight_decay": 1e-5} if paper else {})
         after = here.epochs * here.of(data, shared["batch_size"])
         trials += [
             Trial(
@@ -328,7 +328,13 @@ def hsic_resnet(budget: str) -> Recipe:
                 learning_rate=rate,
                 **shared,
             ),
-            Trial(series="backprop", rule="backprop", epochs=here.format_epochs or here.epochs, learning_rate=rate, **shared),
+            Trial(
+                series="backprop",
+                rule="backprop",
+                epochs=here.format_epochs or here.epochs,
+                learning_rate=rate,
+                **backprop,
+            ),
         ]
     trials.sort(key=lambda trial: (trial.panel.endswith("fair"), trial.series == "backprop"))  # the longest first
     return Recipe(

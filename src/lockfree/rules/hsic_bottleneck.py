@@ -126,7 +126,9 @@ class HSICBottleneck(Rule):
             raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
         if self.features and self.landmarks:
             raise ValueError("features and landmarks are two ways to approximate a kernel: give one of them")
-        if self.features and (self.kernel != "gaussian" or self.sigma is None):
+        if not self._sigmas:
+            raise ValueError("sigma=(): give one sigma, or one for each tensor that a block hands up")
+        if self.features and (self.kernel != "gaussian" or None in self._sigmas):
             raise ValueError("random features approximate a Gaussian kernel with a given sigma: leave features out")
         if self.format_after and self.readout != "classifier":
             raise ValueError(
@@ -149,7 +151,7 @@ class HSICBottleneck(Rule):
 
     @property
     def _sigmas(self) -> tuple[float | None, ...]:
-        return self.sigma if isinstance(self.sigma, tuple) else (self.sigma,)
+        return tuple(self.sigma) if isinstance(self.sigma, tuple | list) else (self.sigma,)
 
     @cached_property
     def _block_kernels(self) -> list[Kernel]:
@@ -187,10 +189,8 @@ class HSICBottleneck(Rule):
     # ---- learning ------------------------------------------------------------------------------------------------------------
 
     def build(self, site: Site) -> nn.Module | None:
-        if site.rehearsal is not None and len(self._sigmas) not in (1, len(site.outputs)) and not site.place.top:
-            raise ValueError(
-                f"sigma={self.sigma}: block {site.place.index} hands up {len(site.outputs)} tensors; give one sigma, or one for each"
-            )
+        if site.rehearsal is not None and not self._readout.supervises(site.place):
+            self._check_sigmas(site.place, len(site.outputs))
         return self._readout.build(site)
 
     def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -207,13 +207,18 @@ class HSICBottleneck(Rule):
             return context.above
         if not context.outputs:  # frozen up to here: there is nothing to have a gradient
             return ()
-        kernels = self._block_kernels
-        if len(kernels) == 1:
-            kernels = kernels * len(context.outputs)
-        sigmas = self._sigmas if len(self._sigmas) > 1 else self._sigmas * len(context.outputs)
+        self._check_sigmas(context.place, len(context.outputs))
+        each = 1 if len(self._sigmas) > 1 else len(context.outputs)
+        kernels, sigmas = self._block_kernels * each, self._sigmas * each
         with exact_products(context.outputs[0].device.type):
             triples = zip(context.outputs, kernels, sigmas, strict=True)
             return tuple(self._gradient(context, y, kernel, sigma) for y, kernel, sigma in triples)
+
+    def _check_sigmas(self, place: Place, outputs: int) -> None:
+        if len(self._sigmas) not in (1, outputs):
+            raise ValueError(
+                f"sigma={self.sigma}: block {place.index} hands up {outputs} tensor(s) to learn; give one sigma, or one for each"
+            )
 
     def _gradient(self, context: Context, y: Tensor, kernel: Kernel, sigma: float | None) -> Tensor:
         rows = _rows(y)
@@ -226,20 +231,20 @@ class HSICBottleneck(Rule):
 
     def _constants(self, context: Context, sigma: float | None) -> list[tuple[slice, Tensor]]:
         """Returns what X and Y contribute, for each part of the batch; made by the first block, used by all."""
-        key = f"hsic {sigma}"
-        if key not in context.shared:
-            x, y = _products_of_inputs(context.source), _products_of_targets(context)
+        shared, key = context.shared, f"hsic {sigma}"
+        if "hsic products" not in shared:
+            dtype = torch.promote_types(context.outputs[0].dtype, torch.float32)
+            # The cosine, alone of the kernels, is not the same from elsewhere.
+            inputs = _products_of_inputs(context.source, dtype, centred=self.kernel != "cosine")
+            shared["hsic products"] = inputs, _products_of_targets(context, dtype)
+        if key not in shared:
             kernels = [self._exact_kernel(sigma if own is None else own) for own in (self.sigma_x, self.sigma_y)]
-            context.shared[key] = [
-                (
-                    part,
-                    self._bottleneck.constants(
-                        *(k.of_products(p[part, part], d) for k, (p, d) in zip(kernels, (x, y), strict=True))
-                    ),
-                )
+            sides = list(zip(kernels, shared["hsic products"], strict=True))
+            shared[key] = [
+                (part, self._bottleneck.constants(*(kernel.of_products(p[part, part], d) for kernel, (p, d) in sides)))
                 for part in self._parts(context.samples)
             ]
-        return context.shared[key]
+        return shared[key]
 
     def _parts(self, samples: int) -> Iterator[slice]:
         size = min(self.block_size or samples, samples)
@@ -252,14 +257,19 @@ def _rows(y: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-def _products_of_inputs(source: Values) -> tuple[Tensor, int]:
-    """Returns the products of all that the network is given, and the number of its features; whole numbers are categories."""
-    found = [_agreement(x) if not x.is_floating_point() else _products(x) for x in tensors(source)]
-    products = torch.stack([one for one, _ in found]).sum(0) if len(found) > 1 else found[0][0]
-    return products, sum(dimension for _, dimension in found)
+def _products_of_inputs(source: Values, dtype: torch.dtype, *, centred: bool) -> tuple[Tensor, int]:
+    """Returns the products of all that the network is given, and the number of its features; word numbers are categories."""
+    found = [
+        _agreement(x, dtype) if x.dtype in (torch.int32, torch.int64) else _products(x, dtype, centred=centred)
+        for x in tensors(source)
+    ]
+    products, dimension = found[0]
+    for more, places in found[1:]:
+        products, dimension = products + more, dimension + places
+    return products, dimension
 
 
-def _products_of_targets(context: Context) -> tuple[Tensor, int]:
+def _products_of_targets(context: Context, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Returns the products of centred one-hot rows, or of real-valued targets, and the number of features."""
     target = context.target
     if not isinstance(target, Tensor) or not target.dim() or len(target) != context.samples:
@@ -267,21 +277,24 @@ def _products_of_targets(context: Context) -> tuple[Tensor, int]:
             f"the HSIC bottleneck wants targets along the first dimension, ({context.samples}, ...), they are {describe(target)}"
         )
     if target.is_floating_point():
-        return _products(target)
+        return _products(target, dtype, centred=True)
     assert context.scores_shape is not None
-    agreement, positions = _agreement(target)
+    agreement, positions = _agreement(target, dtype)
     classes = max(context.scores_shape.numel() // positions, 1)
     return agreement.sub_(positions / classes), positions * classes
 
 
-def _products(x: Tensor) -> tuple[Tensor, int]:
-    rows = _rows(x.detach())
-    rows = rows - rows.mean(0)  # takes off what would cancel
+def _products(x: Tensor, dtype: torch.dtype, *, centred: bool) -> tuple[Tensor, int]:
+    rows = x.detach().reshape(len(x), -1).to(dtype)
+    if centred:
+        rows = rows - rows.mean(0)  # takes off what would cancel
     return rows @ rows.T, rows.shape[1]
 
 
-def _agreement(numbers: Tensor) -> tuple[Tensor, int]:
+def _agreement(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """Returns at how many places two samples hold the same number, the product of their one-hot rows, and how many places."""
-    rows = numbers.reshape(len(numbers), -1)
-    places = [(column[:, None] == column).float() for column in rows.T]
-    return torch.stack(places).sum(0), len(places)
+    columns = numbers.reshape(len(numbers), -1).T
+    agreeing = columns.new_zeros(len(numbers), len(numbers), dtype=dtype)
+    for column in columns:
+        agreeing += column[:, None] == column
+    return agreeing, len(columns)
