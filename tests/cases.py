@@ -90,10 +90,10 @@ RULES = (
     ),
     RuleCase(name="fa", make=lf.rules.FeedbackAlignment, locks=ALL, refuses=("tied",)),
     RuleCase(name="hsic", make=lambda: HSIC(**MILD), locks=FORWARD),
-    RuleCase(name="hsic-plain", make=lambda: HSIC(objective="hsic", balance=5.0, sigma=1.0), locks=FORWARD),
-    RuleCase(name="hsic-phsic", make=lambda: HSIC(objective="phsic", kernel="cosine", balance=2.0), locks=FORWARD),
     RuleCase(name="hsic-one-hot", make=lambda: HSIC(readout="one-hot", **MILD), locks=FORWARD, refuses=("gpt", "tied")),
-    RuleCase(name="hsic-heads", make=lambda: HSIC(readout="heads", features=16, **MILD), locks=FORWARD),
+    RuleCase(
+        name="hsic-heads", make=lambda: HSIC(readout="heads", objective="phsic", kernel="cosine", balance=2.0), locks=FORWARD
+    ),
     RuleCase(name="hsic-format", make=lambda: HSIC(format_after=6, landmarks=4, block_size=4, **MILD), locks=FORWARD),
     RuleCase(name="dfa", make=lambda: lf.rules.DirectFeedbackAlignment(scale=0.5), locks=UPDATE),
 )

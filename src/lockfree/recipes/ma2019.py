@@ -58,12 +58,19 @@ def _settings(size: _Size) -> Iterator[tuple[str, str, int]]:
                 yield setting, data, seed
 
 
-def _paper_numbers(curves: Mapping[tuple[str, str], Sequence[float]], places: Sequence[int] = (1, 5)) -> dict[Key, float]:
-    """Returns test errors by key from accuracies by (data, series) at these epochs."""
+def _shared(size: _Size, setting: str, data: str, seed: int, **more: Any) -> dict[str, Any]:
+    """Returns the fields that all trials of one setting, data set and seed have."""
+    place = {"panel": f"{_NAMES[data]}, {setting}", "x": None, "seed": seed, "data": data, "samples": size.samples}
+    return place | (_PAPER if setting == "paper" else _FAIR) | more
+
+
+def _paper_numbers(budget: str, curves: Mapping[tuple[str, str], tuple[float, float]]) -> dict[Key, float]:
+    """Returns test errors by key from accuracies by (data, series) after 1 and 5 epochs; none for a budget that shows no such thing."""
     return {
         (f"{_NAMES[data]}, paper", place, series): round(100 - accuracy, 2)
         for (data, series), accuracies in curves.items()
-        for place, accuracy in zip(places, accuracies, strict=True)
+        for place, accuracy in zip((1, 5), accuracies, strict=True)
+        if budget != "smoke"
     }
 
 
@@ -84,22 +91,12 @@ def hsic_unformatted(budget: str) -> Recipe:
     size = choose(_UNFORMATTED, budget, "budget")
     trials = []
     for setting, data, seed in _settings(size):
-        shared: dict[str, Any] = {
-            "panel": f"{_NAMES[data]}, {setting}",
-            "x": None,
-            "seed": seed,
-            "data": data,
-            "samples": size.samples,
-            "network": "normalised",
-            "layers": 7,
-            "units": size.units or 1024,
-            "epochs": size.epochs,
-        }
         paper = setting == "paper"
-        descent = _PAPER if paper else _FAIR
+        sizes = {"network": "normalised", "layers": 7, "units": size.units or 1024, "epochs": size.epochs}
+        shared = _shared(size, setting, data, seed, **sizes)
         hsic = {"balance": _UNFORMATTED_BALANCE[data], "sigma": 6.0, "readout": "one-hot"}
         trials += [
-            Trial(series="backprop", rule="backprop", learning_rate=0.05 if paper else 1e-3, **shared, **descent),
+            Trial(series="backprop", rule="backprop", learning_rate=0.05 if paper else 1e-3, **shared),
             Trial(
                 series="HSIC",
                 rule="hsic",
@@ -108,7 +105,6 @@ def hsic_unformatted(budget: str) -> Recipe:
                 learning_rate=1e-3,
                 order_on_evaluated=paper,
                 **shared,
-                **descent,
             ),
         ]
     return Recipe(
@@ -121,6 +117,7 @@ def hsic_unformatted(budget: str) -> Recipe:
         trials=trials,
         x_label="epoch",
         paper=_paper_numbers(
+            budget,
             {
                 ("mnist", "backprop"): (96.61, 97.81),
                 ("mnist", "HSIC"): (96.12, 96.89),
@@ -128,10 +125,8 @@ def hsic_unformatted(budget: str) -> Recipe:
                 ("fashion-mnist", "HSIC"): (83.79, 86.48),
                 ("cifar10", "backprop"): (45.16, 50.12),
                 ("cifar10", "HSIC"): (41.94, 48.77),
-            }
-        )
-        if budget != "smoke"
-        else {},
+            },
+        ),
         source=SOURCE,
     )
 
@@ -149,16 +144,7 @@ def hsic_format(budget: str) -> Recipe:
     trials = []
     for setting, data, seed in _settings(size):
         paper = setting == "paper"
-        descent = _PAPER if paper else _FAIR
-        shared: dict[str, Any] = {
-            "panel": f"{_NAMES[data]}, {setting}",
-            "x": None,
-            "seed": seed,
-            "data": data,
-            "samples": size.samples,
-            "network": "normalised",
-            "layers": 7,
-        }
+        shared = _shared(size, setting, data, seed, network="normalised", layers=7)
         trials.append(
             Trial(
                 series="backprop",
@@ -167,7 +153,6 @@ def hsic_format(budget: str) -> Recipe:
                 epochs=size.epochs,
                 learning_rate=1e-3,
                 **shared,
-                **descent,
             )
         )
         for series, width, last, before, rate, format_rate in (
@@ -191,8 +176,7 @@ def hsic_format(budget: str) -> Recipe:
                     hidden_epochs=hidden,
                     learning_rate=rate if paper else 1e-3,
                     top_learning_rate=format_rate if paper else 1e-3,
-                    **shared,
-                    **(descent | {"drops": ()}),
+                    **(shared | {"drops": ()}),
                 )
             )
     return Recipe(
@@ -204,6 +188,7 @@ def hsic_format(budget: str) -> Recipe:
         trials=trials,
         x_label="epoch",
         paper=_paper_numbers(
+            budget,
             {
                 ("mnist", "backprop"): (49.39, 84.65),
                 ("mnist", "HSIC"): (94.00, 94.04),
@@ -213,10 +198,8 @@ def hsic_format(budget: str) -> Recipe:
                 ("mnist", "last 8"): (45.97, 87.14),
                 ("mnist", "last 32"): (94.09, 94.48),
                 ("mnist", "last 64"): (95.31, 95.35),
-            }
-        )
-        if budget != "smoke"
-        else {},
+            },
+        ),
         source=SOURCE,
     )
 
@@ -235,22 +218,14 @@ def hsic_sigma(budget: str) -> Recipe:
     trials = []
     for setting, data, seed in _settings(size):
         paper = setting == "paper"
-        descent = (_PAPER if paper else _FAIR) | {"drops": ()}
-        units = size.units or 128
+        shared = _shared(size, setting, data, seed, layers=7, units=size.units or 128, drops=())
         for series, sigmas in (*((f"sigma {sigma:g}", (sigma,)) for sigma in _SIGMAS), ("combined", _SIGMAS)):
             combined = len(sigmas) > 1
             trials.append(
                 Trial(
-                    panel=f"{_NAMES[data]}, {setting}",
                     series=series,
-                    x=None,
-                    seed=seed,
-                    data=data,
-                    samples=size.samples,
                     network="side-by-side" if combined else "normalised",
                     network_fields={"last": 64} | ({"count": len(sigmas)} if combined else {}),
-                    layers=7,
-                    units=units,
                     rule="hsic",
                     fields={"balance": 50.0, "sigma": sigmas, "format_after": size.epochs * size.of(data, 512)},
                     epochs=2 * size.epochs,
@@ -258,7 +233,7 @@ def hsic_sigma(budget: str) -> Recipe:
                     batch_size=512,
                     learning_rate=1e-4 if paper else 1e-3,
                     top_learning_rate=0.004 if paper else 1e-3,
-                    **descent,
+                    **shared,
                 )
             )
     return Recipe(
@@ -270,15 +245,14 @@ def hsic_sigma(budget: str) -> Recipe:
         trials=trials,
         x_label="epoch",
         paper=_paper_numbers(
+            budget,
             {
                 ("mnist", "sigma 1"): (30.3, 69.6),
                 ("mnist", "sigma 5"): (74.2, 93.5),
                 ("mnist", "sigma 10"): (90.5, 93.2),
                 ("mnist", "combined"): (93.59, 93.64),
-            }
-        )
-        if budget != "smoke"
-        else {},
+            },
+        ),
         source=SOURCE,
     )
 
@@ -302,22 +276,12 @@ def hsic_resnet(budget: str) -> Recipe:
     for setting, data, seed in _settings(size):
         paper = setting == "paper"
         here = _Size(data=(data,), units=16, samples=10_000) if budget == "small" and not paper else size
-        descent = (_PAPER if paper else _FAIR) | {"drops": ()}
-        shared: dict[str, Any] = {
-            "panel": f"{_NAMES[data]}, {setting}",
-            "x": None,
-            "seed": seed,
-            "data": data,
-            "samples": here.samples,
-            "network": "residual",
-            "layers": 8,
-            "units": here.units or 64,
-            "batch_size": 512 if budget != "smoke" else 128,
-            **descent,
-        }
+        batch_size = 512 if budget != "smoke" else 128
+        sizes = {"network": "residual", "layers": 8, "units": here.units or 64, "batch_size": batch_size}
+        shared = _shared(here, setting, data, seed, drops=(), **sizes)
         rate = 0.01 if paper else 1e-3
-        backprop: dict[str, Any] = shared | ({"weight_decay": 1e-5} if paper else {})
-        after = here.epochs * here.of(data, shared["batch_size"])
+        backprop = shared | ({"weight_decay": 1e-5} if paper else {})
+        after = here.epochs * here.of(data, batch_size)
         trials += [
             Trial(
                 series="HSIC",
@@ -346,6 +310,7 @@ def hsic_resnet(budget: str) -> Recipe:
         trials=trials,
         x_label="epoch",
         paper=_paper_numbers(
+            budget,
             {
                 ("mnist", "backprop"): (96.32, 98.61),
                 ("mnist", "HSIC"): (98.89, 98.94),
@@ -353,10 +318,8 @@ def hsic_resnet(budget: str) -> Recipe:
                 ("fashion-mnist", "HSIC"): (88.64, 89.05),
                 ("cifar10", "backprop"): (46.05, 61.09),
                 ("cifar10", "HSIC"): (55.53, 60.86),
-            }
-        )
-        if budget != "smoke"
-        else {},
+            },
+        ),
         source=SOURCE,
     )
 
@@ -388,21 +351,11 @@ def hsic_depth(budget: str) -> Recipe:
     trials = []
     for setting, data, seed in _settings(size):
         paper = setting == "paper"
-        descent = _PAPER if paper else _FAIR
         hsic = {"balance": _DEPTH_BALANCE[data], "sigma": 6.0, "readout": "one-hot"}
+        layers = 50 if budget != "smoke" else 10
+        sizes = {"network": "normalised", "layers": layers, "units": size.units or 1024, "epochs": size.epochs}
+        shared = _shared(size, setting, data, seed, **sizes)
         for norm in (True, False):
-            shared: dict[str, Any] = {
-                "panel": f"{_NAMES[data]}, {setting}",
-                "x": None,
-                "seed": seed,
-                "data": data,
-                "samples": size.samples,
-                "network": "normalised",
-                "layers": 50 if budget != "smoke" else 10,
-                "units": size.units or 1024,
-                "epochs": size.epochs,
-                **descent,
-            }
             suffix = "" if norm else ", no BatchNorm"
             trials += [
                 Trial(

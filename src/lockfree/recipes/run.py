@@ -37,7 +37,7 @@ def run(recipe: Recipe, folder: Path, *, workers: int, device: str = "cpu", told
     results: dict[str, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
-        futures = {pool.submit(trial.run, folder / "trials" / trial.name, device): trial for trial in recipe.trials}
+        futures = {pool.submit(_work, trial, folder / "trials" / trial.name, device): trial for trial in recipe.trials}
         try:
             for future in as_completed(futures):
                 trial = futures[future]
@@ -49,6 +49,20 @@ def run(recipe: Recipe, folder: Path, *, workers: int, device: str = "cpu", told
                 os.kill(child.pid or 0, signal.SIGINT)
             raise
     return results
+
+
+_interrupted = threading.Event()
+
+
+def _work(trial: Trial, folder: Path, device: str) -> dict[str, Any]:
+    """Runs a trial in a worker, unless it has been interrupted: the pool hands each worker one more than it asks for."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+    try:
+        return trial.run(folder, device)
+    except KeyboardInterrupt:
+        _interrupted.set()
+        raise
 
 
 def _begin() -> None:
