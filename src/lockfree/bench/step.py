@@ -47,6 +47,7 @@ def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, 
         "dni_over_backprop_mlp": ("mlp", "dni", "backprop", "fused"),
         "dfa_over_plain_mlp": ("mlp", "dfa", None, "fused"),
         "fa_over_plain_mlp": ("mlp", "fa", None, "fused"),
+        "hsic_over_plain_mlp": ("mlp", "hsic", None, "fused"),
     }
     found: dict[str, list[float]] = {name: [] for name in pairs}
     plain: dict[str, list[float]] = {"mlp": [], "cnn": []}

@@ -280,7 +280,7 @@ def hsic_resnet(budget: str) -> Recipe:
         sizes = {"network": "residual", "layers": 8, "units": here.units or 64, "batch_size": batch_size}
         shared = _shared(here, setting, data, seed, drops=(), **sizes)
         rate = 0.01 if paper else 1e-3
-        backprop = shared | ({"weight_decay": 1e-5} if paper else {})
+        lighter: dict[str, Any] = {"weight_decay": 1e-5} if paper else {}
         after = here.epochs * here.of(data, batch_size)
         trials += [
             Trial(
@@ -297,7 +297,7 @@ def hsic_resnet(budget: str) -> Recipe:
                 rule="backprop",
                 epochs=here.format_epochs or here.epochs,
                 learning_rate=rate,
-                **backprop,
+                **(shared | lighter),
             ),
         ]
     trials.sort(key=lambda trial: (trial.panel.endswith("fair"), trial.series == "backprop"))  # the longest first
