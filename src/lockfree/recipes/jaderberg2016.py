@@ -14,6 +14,7 @@ REFERENCE = (
 )
 SOURCE = "as remembered, not checked against the paper; after 500,000 steps"
 _PAPER_STEPS = {"batch_size": 256, "learning_rate": 3e-5, "steps": 500_000}
+_PAPER_NOTE = "after 500,000 steps"
 _PAPER_RATE = 3e-5  # of the synthesisers as well
 
 
@@ -166,6 +167,7 @@ def dni_table1(budget: str) -> Recipe:
         x_label="layers",
         paper=paper,
         source=SOURCE,
+        paper_note=_PAPER_NOTE,
     )
 
 
@@ -247,6 +249,7 @@ def dni_sparse_updates(budget: str) -> Recipe:
         x_label="update probability",
         log_x=True,
         paper={("MNIST FCN", 0.2, "cDNI"): 2.0},
+        paper_note=_PAPER_NOTE,
         source="about 2 % at 0.2, as remembered, not checked against the paper; after 500,000 steps",
     )
 
@@ -292,5 +295,6 @@ def dni_unlocked(budget: str) -> Recipe:
         trials=trials,
         x_label="layers",
         paper={("MNIST FCN", 4, "cDNI, unlocked"): 2.0},
+        paper_note=_PAPER_NOTE,
         source="about 2 % for cDNI, as remembered, not checked against the paper; after 500,000 steps",
     )

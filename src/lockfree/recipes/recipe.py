@@ -31,6 +31,7 @@ class Recipe:
         log_x: Whether it is logarithmic.
         paper: Test error in per cent that the paper gives, where there is one.
         source: Where those numbers come from.
+        paper_note: What sets the paper's runs apart, in a few words for the plot.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Recipe:
     log_x: bool = False
     paper: Mapping[Key, float] = field(default_factory=dict)
     source: str = ""
+    paper_note: str = ""
 
     def __post_init__(self) -> None:
         names = [trial.name for trial in self.trials]
@@ -144,7 +146,8 @@ class Recipe:
             axis.grid(alpha=0.25)
         axes[0][0].set_ylabel("test error, %")
         axes[0][0].legend(frameon=False, fontsize=8)
-        dashed = "; dashed: the paper, after 500,000 steps" if self.paper else ""
+        note = f", {self.paper_note}" if self.paper_note else ""
+        dashed = f"; dashed: the paper{note}" if self.paper else ""
         figure.suptitle(f"{self.title} ({self.budget}{dashed})", fontsize=10)
         figure.savefig(path, dpi=120)
         plt.close(figure)
