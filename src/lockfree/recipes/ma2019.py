@@ -261,7 +261,7 @@ def hsic_sigma(budget: str) -> Recipe:
 
 _RESNET = {
     "smoke": _Size(data=("mnist",), units=4, samples=600, epochs=1),
-    "small": _Size(data=_ALL, format_epochs=2, backprop_epochs=1),
+    "small": _Size(data=("fashion-mnist", "cifar10", "mnist"), format_epochs=2, backprop_epochs=1),
     "full": _Size(data=_ALL, seeds=3),
 }
 _RESNET_BALANCE = {"mnist": 200.0, "fashion-mnist": 500.0, "cifar10": 500.0}
@@ -338,7 +338,7 @@ _RESNET_SCOPES = {
 
 _DEPTH = {
     "smoke": _SMOKE,
-    "small": _Size(data=("mnist",), units=256, epochs=2),
+    "small": _Size(data=("mnist",), units=256, epochs=1),
     "full": _Size(data=_ALL, seeds=3),
 }
 _DEPTH_BALANCE = {"mnist": 500.0, "fashion-mnist": 1000.0, "cifar10": 2500.0}
