@@ -851,7 +851,7 @@ def test_the_paper_s_residual_network():
         model = models.single_resnet(shape, 10)
         assert [type(block).__name__ for block in model][1:6] == ["SingleResidualBlock"] * 5
         convolutions = shape[0] * 25 * 64 + 64 + 5 * 25 * 64 * 64
-        assert parameters(model) == convolutions + side * side * 64 * 512 + 512 + 5130
+        assert parameters(model) == convolutions + side * side * 64 * 512 + 5130
     block = models.single_resnet((1, 8, 8), 10, channels=3, depth=1)[1]
     x = torch.randn(4, 3, 6, 6)
 
