@@ -206,6 +206,9 @@ def clocked(draw):
     return make, (tuple(needs), tuple(auxiliary), tuple(delays)), more, (paces, silent), batches
 
 
+STILL = (Pace.REST, Pace.FREEZE)
+
+
 @given(clocked())
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_a_clock_leaves_out_and_replaces_but_never_moves(drawn):
@@ -217,7 +220,7 @@ def test_a_clock_leaves_out_and_replaces_but_never_moves(drawn):
 
     def pace(cell, batch):
         asked = paces.get((cell, batch), Pace.LEARN)
-        follows = cell + 1 < len(needs) and needs[cell] == Needs.ABOVE and pace(cell + 1, batch) is Pace.REST
+        follows = cell + 1 < len(needs) and needs[cell] == Needs.ABOVE and pace(cell + 1, batch) in STILL
         return Pace.REST if follows else asked
 
     def kept(action):
@@ -225,9 +228,9 @@ def test_a_clock_leaves_out_and_replaces_but_never_moves(drawn):
         if kind is Kind.FORWARD:
             return action
         if kind is Kind.LEARN:
-            wanted = {Pace.LEARN: Kind.LEARN, Pace.REPORT: Kind.MESSAGE, Pace.REST: None}[pace(cell, batch)]
+            wanted = {Pace.LEARN: Kind.LEARN, Pace.REPORT: Kind.MESSAGE, Pace.REST: None, Pace.FREEZE: None}[pace(cell, batch)]
             return wanted and action._replace(kind=wanted)
-        deaf = auxiliary[cell] == Needs.ABOVE and cell + 1 < len(needs) and pace(cell + 1, batch) is Pace.REST
+        deaf = auxiliary[cell] == Needs.ABOVE and cell + 1 < len(needs) and pace(cell + 1, batch) in STILL
         return None if (cell, batch) in silent or (kind is Kind.AUXILIARY and deaf) else action
 
     for tick in range(batches + plan.depth):

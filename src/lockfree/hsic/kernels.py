@@ -80,8 +80,8 @@ class Gaussian(Kernel):
         ValueError: If ``sigma`` is not positive.
 
     Example:
-        >>> Gaussian(1.0).gram(torch.tensor([[0.0], [1.0]]))[0, 1].item() == math.exp(-0.5)
-        True
+        >>> round(Gaussian(1.0).gram(torch.tensor([[0.0], [1.0]]))[0, 1].item(), 4)  # exp(-1/2)
+        0.6065
 
     Reference:
         Ma, Lewis, Kleijn 2019, arXiv 1908.01580, equation 6, scaled by the dimension as in the authors' code; the median
@@ -162,8 +162,8 @@ class Cosine(Kernel):
     Used in primal form where there are fewer features than samples.
 
     Example:
-        >>> Cosine().gram(torch.tensor([[1.0, 0.0], [3.0, 3.0]]))[0, 1].item() == math.sqrt(0.5)
-        True
+        >>> round(Cosine().gram(torch.tensor([[1.0, 0.0], [3.0, 3.0]]))[0, 1].item(), 4)
+        0.7071
     """
 
     def between(self, x: Samples, others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
