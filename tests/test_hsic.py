@@ -222,7 +222,7 @@ def test_primal_and_dual_form_agree(name, kernel):
     for wide_x, wide_y in itertools.product([False, True], repeat=2):
         leaves = [x.clone().requires_grad_(), y.clone().requires_grad_()]
         given = [F.pad(leaf, (0, 12)) if wide else leaf for leaf, wide in zip(leaves, (wide_x, wide_y), strict=True)]
-        assert [kernel.width(one) < 12 for one in given] == [not wide_x, not wide_y]
+        assert [kernel.features(one).shape[1] < 12 for one in given] == [not wide_x, not wide_y]
         value = measure(*given, kernel_x=kernel, kernel_y=kernel)
         found.append([value.detach(), *torch.autograd.grad(value, leaves)])
     for other in found[1:]:
@@ -495,7 +495,7 @@ def test_all_samples_as_landmarks_give_the_kernel_itself(kernel):
     kernel, naive = {**KERNELS, **GROUPED}[kernel]
     x, y = pair(20, 8, 9, 4)
     approximate = Nystrom(kernel, count=20, jitter=1e-11)
-    assert approximate.width(x) == 8
+    assert approximate.features(x).shape == (8, 8)
     close(approximate.gram(x), naive(x.numpy()), rtol=1e-6, atol=1e-7)
     close(hsic(x, y, kernel_x=approximate), naive_biased(naive(x.numpy()), naive_gaussian(5.0)(y.numpy())), rtol=1e-5)
 

@@ -11,7 +11,7 @@ r"""Dependence between representations: HSIC, its normalised form and CKA, with 
 
 from lockfree.hsic.bottleneck import Bottleneck, NormalisedHSIC, PlainHSIC, PlausibleHSIC
 from lockfree.hsic.estimators import above_chance, cka, hsic, nhsic
-from lockfree.hsic.kernels import Cosine, Fourier, Gaussian, Grouped, Kernel, Linear, Nystrom
+from lockfree.hsic.kernels import Cosine, Fourier, Gaussian, Grouped, Kernel, Linear, Nystrom, ProductKernel
 
 __all__ = [
     "Bottleneck",
@@ -25,6 +25,7 @@ __all__ = [
     "Nystrom",
     "PlainHSIC",
     "PlausibleHSIC",
+    "ProductKernel",
     "above_chance",
     "cka",
     "hsic",

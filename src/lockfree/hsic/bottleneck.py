@@ -32,7 +32,29 @@ class Bottleneck(ABC):
 
     @abstractmethod
     def constants(self, x: Gram, y: Gram) -> Gram:
-        """Returns what the blocks share of the Gram matrices of X and Y, or of their contrasts where that is as good."""
+        """Returns what the blocks share, shape (m, m).
+
+        Args:
+            x: Gram matrix of the network's inputs, or its contrast where that is as good; shape (m, m).
+            y: Of the targets.
+        """
+
+    @abstractmethod
+    def gradient(self, kernel: Kernel, z: Samples, constants: Gram) -> Samples:
+        """Returns dL/dz of a block's output, shape (m, d).
+
+        Args:
+            kernel: Of the block's output.
+            z: The output, samples as rows, shape (m, d).
+            constants: What `constants` returned for the batch.
+
+        Raises:
+            ValueError: If a kernel matrix cannot be factorised.
+        """
+
+
+class _CentredHSIC(Bottleneck):
+    """An objective of the centred Gram matrix, so that a kernel's contrast, or its centred features, will do."""
 
     @abstractmethod
     def weights(self, z: Gram, constants: Gram) -> Gram:
@@ -43,21 +65,18 @@ class Bottleneck(ABC):
         r"""Returns $dL/d\phi$ of a block's centred features, $K = \phi\phi^T$: the primal form of `weights`."""
 
     def gradient(self, kernel: Kernel, z: Samples, constants: Gram) -> Samples:
-        """Returns dL/dz, in primal form where the kernel has fewer features than there are samples."""
-        kernel, width = kernel.settled(z), kernel.width(z)
-        if width is None or width >= len(z):
-            found = kernel.contrast(z)
-            return kernel.pullback(z, found, self.weights(found, constants))
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
-            features = Side(kernel, leaf).features
-            assert features is not None
-            (gradient,) = torch.autograd.grad(features, leaf, self.feature_gradient(features.detach(), constants))
+            side = Side(kernel, leaf)
+        if side.features is None:
+            contrast = side.kernel.contrast(z)
+            return side.kernel.pullback(z, contrast, self.weights(contrast, constants))
+        (gradient,) = torch.autograd.grad(side.features, leaf, self.feature_gradient(side.features.detach(), constants))
         return gradient
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormalisedHSIC(Bottleneck):
+class NormalisedHSIC(_CentredHSIC):
     r"""$L = \mathrm{nHSIC}(Z,X) - \lambda\,\mathrm{nHSIC}(Z,Y) = \mathrm{tr}(R_ZM)$ with $M = R_X - \lambda R_Y$.
 
     $dL/dK = r\,S^{-1}MS^{-1}$ with $S = \bar K + rI$, $r = \epsilon m$: one factorisation a block and batch. In primal form, with
@@ -94,7 +113,7 @@ class NormalisedHSIC(Bottleneck):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainHSIC(Bottleneck):
+class PlainHSIC(_CentredHSIC):
     r"""$L = \mathrm{HSIC}(Z,X) - \lambda\,\mathrm{HSIC}(Z,Y)$, $dL/dK = (\bar K_X - \lambda\bar K_Y)/(m-1)^2$; no factorisation.
 
     Reference:
@@ -125,16 +144,11 @@ class PlausibleHSIC(Bottleneck):
     def constants(self, x: Gram, y: Gram) -> Gram:
         return (y - y.mean()).mul_(-self.balance / y.numel())
 
-    def weights(self, z: Gram, constants: Gram) -> Gram:
-        return torch.add(constants, z - z.mean(), alpha=2 / z.numel())
-
-    def feature_gradient(self, features: Float[Tensor, "m D"], constants: Gram) -> Float[Tensor, "m D"]:
-        raise NotImplementedError("only the grand mean is taken off a kernel here, so that its features cannot be centred")
-
     def gradient(self, kernel: Kernel, z: Samples, constants: Gram) -> Samples:
         # Terms of one sample matter here, so the contrast, which leaves them out, does not serve.
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             found = kernel.gram(leaf)
-            (gradient,) = torch.autograd.grad(found, leaf, self.weights(found.detach(), constants))
+            weights = torch.add(constants, found.detach() - found.detach().mean(), alpha=2 / found.numel())
+            (gradient,) = torch.autograd.grad(found, leaf, weights)
         return gradient

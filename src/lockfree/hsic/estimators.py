@@ -230,15 +230,15 @@ class Side:
 
     Attributes:
         samples: m.
+        kernel: The kernel, with all that depends on the samples as a whole decided.
         features: Of shape (m, D), D < m, centred; ``None`` in dual form.
     """
 
     def __init__(self, kernel: Kernel, x: Samples) -> None:
-        self.samples, self._x, self._kernel = len(x), x, kernel.settled(x)
+        self.samples, self._x, self.kernel = len(x), x, kernel.settled(x)
         self.features: Tensor | None = None
-        width = kernel.width(x)
-        if width is not None and width < len(x):
-            found = self._kernel.features(x)
+        found = self.kernel.features(x)
+        if found is not None and found.shape[1] < len(x):
             self.features = found - found.mean(0)
 
     @property
@@ -249,7 +249,7 @@ class Side:
     @cached_property
     def contrast(self) -> Gram:
         """The Gram matrix up to terms of one sample."""
-        return contrast(self._kernel, self._x) if self.features is None else self.features @ self.features.T
+        return contrast(self.kernel, self._x) if self.features is None else self.features @ self.features.T
 
     def smoother(self, ridge: float) -> Gram:
         r"""Returns $\\bar K(\\bar K + rI)^{-1}$."""

@@ -23,51 +23,81 @@ class Kernel(ABC):
     """A similarity of samples; whoever calls it sees to the precision of products (`lockfree.precision.exact_products`).
 
     Estimators do not change when a number, or a term that depends on one of the two samples alone, is added to a kernel; so they
-    work on `contrast`, which leaves such terms out and loses no digits to them.
+    work on `contrast`, which leaves such terms out and loses no digits to them. A kernel of one's own gives `between`, `contrast`
+    and `pullback`; `features`, too, where it is a product of finitely many.
     """
 
     @abstractmethod
     def between(self, x: Samples, others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
-        """Returns $k(x_i, o_j)$; differentiable."""
+        """Returns $k(x_i, o_j)$, shape (m, n); differentiable.
+
+        Args:
+            x: Samples as rows, shape (m, d).
+            others: Others of as many features, shape (n, d).
+        """
 
     def gram(self, x: Samples) -> Gram:
-        """Returns $k(x_i, x_j)$; differentiable."""
+        """Returns $k(x_i, x_j)$, shape (m, m); differentiable.
+
+        Args:
+            x: Samples as rows, shape (m, d).
+        """
         return self.between(x, x)
 
     @abstractmethod
-    def of_products(self, products: Gram, dimension: int) -> Gram:
-        """Returns `contrast` of samples of which only the products $x_i^Tx_j$ are known, and the number of features."""
-
     def contrast(self, x: Samples) -> Gram:
-        """Returns the Gram matrix up to terms of one sample; autograd is not needed."""
-        inner = x - x.mean(0)  # takes off what would cancel
-        return self.of_products(inner @ inner.T, x.shape[1])
+        """Returns the Gram matrix up to terms of one sample, shape (m, m); autograd need not pass (`pullback` is for that).
+
+        Args:
+            x: Samples as rows, shape (m, d).
+        """
 
     @abstractmethod
     def pullback(self, x: Samples, contrast: Gram, weights: Gram) -> Samples:
-        r"""Returns the gradient of $\sum_{ij} w_{ij} c_{ij}$ for symmetric weights, c the contrast.
+        r"""Returns the gradient of $\sum_{ij} w_{ij} c_{ij}$ for symmetric weights, c the contrast; shape (m, d).
 
         Args:
-            x: The samples.
+            x: Samples as rows, shape (m, d).
             contrast: What `contrast` returned for them.
-            weights: w.
+            weights: w, shape (m, m).
         """
 
     def settled(self, x: Samples) -> "Kernel":
-        """Returns the kernel with all that depends on the samples as a whole decided; a constant for gradients."""
+        """Returns the kernel with all that depends on the samples as a whole decided; a constant for gradients.
+
+        Args:
+            x: Samples as rows, shape (m, d).
+        """
         return self
 
-    def width(self, x: Samples) -> int | None:
-        """Returns how many features `features` would give; ``None`` if the kernel is no product of finitely many."""
+    def features(self, x: Samples) -> Float[Tensor, "m D"] | None:
+        r"""Returns $\phi$ with $k = \phi\phi^T$, exactly or as an approximation; ``None`` if the kernel is no such product.
+
+        Args:
+            x: Samples as rows, shape (m, d); differentiable in them.
+        """
         return None
 
-    def features(self, x: Samples) -> Float[Tensor, "m D"]:
-        r"""Returns $\phi$ with $k = \phi\phi^T$, exactly or as an approximation; differentiable."""
-        raise NotImplementedError(f"{self} is no product of finitely many features")
+
+class ProductKernel(Kernel):
+    """A kernel that the products of samples determine, so that it can be had of samples that are no longer there."""
+
+    @abstractmethod
+    def of_products(self, products: Gram, dimension: int) -> Gram:
+        """Returns `contrast` of samples of which only the products $x_i^Tx_j$ are known.
+
+        Args:
+            products: The products, shape (m, m).
+            dimension: The number of features d.
+        """
+
+    def contrast(self, x: Samples) -> Gram:
+        inner = x - x.mean(0)  # takes off what would cancel
+        return self.of_products(inner @ inner.T, x.shape[1])
 
 
 @dataclass(frozen=True)
-class Gaussian(Kernel):
+class Gaussian(ProductKernel):
     r"""$k(a, b) = \exp(-|a - b|^2 / 2\sigma^2 d)$.
 
     Used exactly: $2m^2d$ operations for distances and as many for the gradient, $m^2$ exponentials.
@@ -128,7 +158,7 @@ class Gaussian(Kernel):
 
 
 @dataclass(frozen=True)
-class Linear(Kernel):
+class Linear(ProductKernel):
     """$k(a, b) = a^T b$, whose HSIC is the squared covariance; its features are the samples themselves.
 
     Used in primal form where there are fewer features than samples: $md^2$ operations instead of $m^2d$.
@@ -148,15 +178,12 @@ class Linear(Kernel):
         pulled = weights @ (x - x.mean(0))
         return 2 * (pulled - pulled.mean(0))
 
-    def width(self, x: Samples) -> int:
-        return x.shape[1]
-
     def features(self, x: Samples) -> Samples:
         return x
 
 
 @dataclass(frozen=True)
-class Cosine(Kernel):
+class Cosine(ProductKernel):
     """$k(a, b) = a^T b / |a||b|$; 0 where a sample is all zeros.
 
     Used in primal form where there are fewer features than samples.
@@ -186,15 +213,15 @@ class Cosine(Kernel):
         pulled = pulled - pulled.mean(0)
         return (pulled - unit * (pulled * unit).sum(1, keepdim=True)) / length
 
-    def width(self, x: Samples) -> int:
-        return x.shape[1]
-
     def features(self, x: Samples) -> Samples:
         return x / _lengths(x)
 
 
 class _Features(Kernel):
     """A kernel that is approximated by finitely many features."""
+
+    @abstractmethod
+    def features(self, x: Samples) -> Float[Tensor, "m D"]: ...
 
     def between(self, x: Samples, others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
         found = self.features(torch.cat([x, others]))
@@ -203,9 +230,6 @@ class _Features(Kernel):
     def gram(self, x: Samples) -> Gram:
         found = self.features(x)
         return found @ found.T
-
-    def of_products(self, products: Gram, dimension: int) -> Gram:
-        raise NotImplementedError(f"{self} needs the samples themselves")
 
     def contrast(self, x: Samples) -> Gram:
         return self.gram(x)
@@ -251,9 +275,6 @@ class Fourier(_Features):
         Gaussian(self.sigma)
         _from_one("count", self.count, "features")
 
-    def width(self, x: Samples) -> int:
-        return self.count
-
     def features(self, x: Samples) -> Float[Tensor, "m D"]:
         directions, shift = _random_directions(x.shape[1], self.count, self.seed, x.dtype, x.device)
         return math.sqrt(2 / self.count) * torch.cos(torch.addmm(shift, x, directions / (self.sigma * math.sqrt(x.shape[1]))))
@@ -292,9 +313,6 @@ class Nystrom(_Features):
         _from_one("count", self.count, "landmarks")
         if not self.jitter > 0:
             raise ValueError(f"jitter={self.jitter}: give a number above 0, or the factorisation may fail")
-
-    def width(self, x: Samples) -> int:
-        return min(self.count, len(x))
 
     def features(self, x: Samples) -> Float[Tensor, "m D"]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -349,19 +367,13 @@ class Grouped(Kernel):
     def between(self, x: Samples, others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
         return self.kernel.between(self.deviations(x), self.deviations(others))
 
-    def of_products(self, products: Gram, dimension: int) -> Gram:
-        raise NotImplementedError(f"{self} needs the samples themselves")
-
     def contrast(self, x: Samples) -> Gram:
         return self.kernel.contrast(self.deviations(x))
 
     def settled(self, x: Samples) -> "Grouped":
         return replace(self, kernel=self.kernel.settled(self.deviations(x)))
 
-    def width(self, x: Samples) -> int | None:
-        return self.groups if self.kernel.width(x) is not None else None
-
-    def features(self, x: Samples) -> Float[Tensor, "m D"]:
+    def features(self, x: Samples) -> Float[Tensor, "m D"] | None:
         return self.kernel.features(self.deviations(x))
 
     def pullback(self, x: Samples, contrast: Gram, weights: Gram) -> Samples:

@@ -21,6 +21,7 @@ from lockfree.hsic import (
     Nystrom,
     PlainHSIC,
     PlausibleHSIC,
+    ProductKernel,
 )
 from lockfree.objective import describe
 from lockfree.precision import exact_products
@@ -167,7 +168,7 @@ class HSICBottleneck(Rule):
             kernel = Grouped(kernel, groups=self.groups, power=self.power)
         return Nystrom(kernel, count=self.landmarks, seed=self.seed) if self.landmarks else kernel
 
-    def _exact_kernel(self, sigma: float | None) -> Kernel:
+    def _exact_kernel(self, sigma: float | None) -> ProductKernel:
         return choose(_KERNELS, self.kernel, "kernel")(sigma)
 
     # ---- where and when ------------------------------------------------------------------------------------------------------
