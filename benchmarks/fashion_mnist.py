@@ -24,7 +24,23 @@ RATES = [3e-4, 1e-3, 3e-3]
 SHARED, SEEDS, EPOCHS, BATCH, HELD_OUT = 1e-3, [0, 1, 2], 5, 256, 10_000
 
 
-def accuracy(rule: str, rate: float, seed: int, train: lf.data.Split, test: lf.data.Split) -> float:
+def full_set() -> lf.data.Dataset:
+    """Returns Fashion-MNIST, or ends the program where only a sample of it is there."""
+    dataset = lf.data.load("fashion-mnist")
+    if len(dataset.train.inputs) != 60_000:
+        sys.exit("this table needs the full set: lockfree data fetch fashion-mnist")
+    return dataset
+
+
+def held_out(dataset: lf.data.Dataset) -> tuple[lf.data.Split, lf.data.Split]:
+    """Returns training images to fit, and those that are held out to choose by."""
+    fitting = lf.data.Split(*(part[:-HELD_OUT] for part in dataset.train))
+    return fitting, lf.data.Split(*(part[-HELD_OUT:] for part in dataset.train))
+
+
+def accuracy(
+    rule: str | lf.Rule, rate: float, seed: int, train: lf.data.Split, test: lf.data.Split, *, epochs: int = EPOCHS
+) -> float:
     """Trains once and returns the accuracy in per cent."""
     torch.manual_seed(seed)
     model = lf.models.build("mlp", input_shape=tuple(train.inputs.shape[1:]), classes=10)
@@ -38,7 +54,7 @@ def accuracy(rule: str, rate: float, seed: int, train: lf.data.Split, test: lf.d
         optimizer=lambda parameters: OPTIMIZERS["adam"](parameters, lr=rate),
         example_input=train.inputs[:2],
     )
-    lf.Trainer(learner).fit(lf.data.TensorLoader(*train, batch_size=BATCH, seed=seed), epochs=EPOCHS)
+    lf.Trainer(learner).fit(lf.data.TensorLoader(*train, batch_size=BATCH, seed=seed), epochs=epochs)
     found = lf.evaluate(learner, lf.data.TensorLoader(*test, batch_size=1000, shuffle=False))
     return 100 * found.accuracy
 
@@ -50,14 +66,11 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dataset = lf.data.load("fashion-mnist")
-    if len(dataset.train.inputs) != 60_000:
-        sys.exit("this table needs the full set: lockfree data fetch fashion-mnist")
-    fitting = lf.data.Split(*(part[:-HELD_OUT] for part in dataset.train))
-    held_out = lf.data.Split(*(part[-HELD_OUT:] for part in dataset.train))
+    dataset = full_set()
+    fitting, kept = held_out(dataset)
     table = json.loads(arguments.out.read_text())["rules"] if arguments.out.exists() else {}
     for rule in arguments.rules:
-        chosen = {rate: accuracy(rule, rate, SEEDS[0], fitting, held_out) for rate in RATES}
+        chosen = {rate: accuracy(rule, rate, SEEDS[0], fitting, kept) for rate in RATES}
         best = max(chosen, key=chosen.__getitem__)
         row = {"held_out_by_rate": chosen, "best_rate": best}
         for name, rate in (("shared", SHARED), ("best", best)):

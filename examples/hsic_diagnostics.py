@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[s
     parser.add_argument("--out", type=Path, default=Path("runs/hsic-diagnostics"))
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # small networks are no faster with more
     dataset = lf.data.load(given.data)
     seen = information(dataset, given.epochs), one_unit(dataset, given.epochs)
     for name, probe, records in zip(("information", "one-unit"), (Information, Activations), seen, strict=True):

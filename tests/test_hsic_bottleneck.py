@@ -1,10 +1,7 @@
 """The HSIC bottleneck as a rule: gradients against autograd of the paper's formula, locality, readouts, models, recipes."""
 
 import itertools
-import os
-import signal
 import weakref
-from dataclasses import replace
 
 import cases
 import pytest
@@ -15,12 +12,7 @@ from torch.nn import functional as F
 
 import lockfree as lf
 from lockfree import checkpoint, models
-from lockfree.data import Split
-from lockfree.experiment import load_once
-from lockfree.memory import ActivationMeter
 from lockfree.readouts import Head, order_of, order_on_evaluated
-from lockfree.recipes import RECIPES, Trial
-from lockfree.recipes.trial import as_pixels
 
 HSIC = lf.rules.HSICBottleneck
 F64 = torch.float64
@@ -345,21 +337,6 @@ def test_the_model_is_cut_where_it_is_told_and_learns_there(blocks, count):
     assert_near(gradients(learner, X, labels(10)), naive_gradients(model, in_sequence(pieces, X), X, labels(10)))
 
 
-@pytest.mark.parametrize("readout", ["classifier", "one-hot", "heads"])
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_no_block_depends_on_those_above_it(cut, readout):
-    found = []
-    for seed in (1, 2):
-        model = mlp()
-        torch.manual_seed(seed)
-        for parameter in nn.ModuleList(list(model)[cut:]).parameters():
-            nn.init.normal_(parameter)
-        found.append(gradients(learner_of(model, HSIC(balance=20.0, readout=readout), X), X, labels(10)))
-    below = [name for name in found[0] if int(name[0]) < cut]
-    assert_same({name: found[0][name] for name in below}, {name: found[1][name] for name in below})
-    assert cases.differs([g for n, g in found[0].items() if n not in below], [g for n, g in found[1].items() if n not in below])
-
-
 class Saved:
     """A tensor that autograd saved."""
 
@@ -392,24 +369,6 @@ def deep(blocks, width=16):
     torch.manual_seed(0)
     body = [nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU()) for _ in range(blocks - 1)]
     return nn.Sequential(*body, nn.Linear(width, CLASSES))
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"sigma": None, "readout": "heads"}, {"readout": "one-hot", "block_size": 16}], ids=str
-)
-def test_peak_memory_is_that_of_one_block(settings):
-    peaks = []
-    for blocks in (3, 12):
-        learner, x, y = None, draw(64, 16).float(), labels(64)
-        learner = learner_of(deep(blocks), HSIC(**settings), x)
-        meter = ActivationMeter(learner.model)
-        with meter.watch():
-            learner.step(x, y)
-            meter.reset()
-            learner.step(x, y)
-        assert meter.now == 0
-        peaks.append(meter.peak)
-    assert peaks[0] == peaks[1] > 0
 
 
 FACTORISATIONS = [
@@ -822,190 +781,6 @@ def test_gradients_of_fifty_layers_are_of_one_size(activation, norm, gain, sigma
 
 
 # ---- 7: models and recipes ---------------------------------------------------------------------------------------------------
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def test_the_paper_s_perceptron():
-    model = models.normalised_mlp((1, 4, 4), 10, hidden=(8, 6))
-    assert parameters(model) == 16 * 8 + 8 * 6 + 6 * 10 + 10
-    assert model(torch.randn(5, 1, 4, 4)).shape == (5, 10)
-    assert parameters(models.normalised_mlp((1, 4, 4), 10, hidden=(8,), classifier=False)) == 16 * 8 + 8 * 10
-    assert parameters(models.normalised_mlp((1, 4, 4), 10, hidden=(8,), batch_norm=False)) == 17 * 8 + 9 * 10
-    x = torch.randn(5, 1, 4, 4)
-    for activation, function in (("leaky-relu", F.leaky_relu), ("selu", F.selu), ("sigmoid", torch.sigmoid)):
-        layer = models.normalised_mlp((1, 4, 4), 3, hidden=(8,), activation=activation)[0]
-        made = x.flatten(1) @ layer[1].weight.T
-        normal = (made - made.mean(0)) / (made.var(0, unbiased=False) + 1e-5).sqrt()
-        torch.testing.assert_close(layer(x), function(normal))
-    with pytest.raises(ValueError, match="unknown activation 'rellu'"):
-        models.normalised_mlp((1, 4, 4), 10, activation="rellu")
-    with pytest.raises(ValueError, match=r"normalised_mlp: expected hidden layers of 1 unit or more, got \(0,\)"):
-        models.normalised_mlp((1, 4, 4), 10, hidden=(0,))
-
-
-def test_the_paper_s_residual_network():
-    for shape, side in (((1, 28, 28), 12), ((3, 32, 32), 14)):
-        model = models.single_resnet(shape, 10)
-        assert [type(block).__name__ for block in model][1:6] == ["SingleResidualBlock"] * 5
-        convolutions = shape[0] * 25 * 64 + 64 + 5 * 25 * 64 * 64
-        assert parameters(model) == convolutions + side * side * 64 * 512 + 5130
-    block = models.single_resnet((1, 8, 8), 10, channels=3, depth=1)[1]
-    x = torch.randn(4, 3, 6, 6)
-
-    def normal(y):
-        return F.batch_norm(y, None, None, training=True)
-
-    torch.testing.assert_close(block(x), F.relu(normal(F.relu(normal(F.conv2d(x, block.conv.weight, padding=2))) + x)))
-    assert models.single_resnet((1, 5, 5), 3, channels=2, depth=0, features=4)(torch.randn(2, 1, 5, 5)).shape == (2, 3)
-    with pytest.raises(ValueError, match="single_resnet"):
-        models.single_resnet((1, 4, 4), 10)
-
-
-def test_networks_side_by_side():
-    model, x = models.side_by_side((1, 4, 4), 10, hidden=(8, 6), count=2), torch.randn(5, 1, 4, 4)
-    assert parameters(model) == 2 * (16 * 8 + 8 * 6) + 6 * 10 + 10
-    handed = [model[0].parts[i](x) for i in range(2)]
-    assert_same(model[0](x), tuple(handed))
-    second = [model[1].parts[i](handed[i]) for i in range(2)]
-    mean = F.batch_norm(sum(second) / 2, None, None, training=True)
-    torch.testing.assert_close(model(x), model[2][1](mean))
-    with pytest.raises(ValueError, match="side_by_side: expected one network or more, got count=0"):
-        models.side_by_side((1, 4, 4), 10, count=0)
-    with pytest.raises(ValueError, match="side_by_side: expected one hidden layer or more"):
-        models.side_by_side((1, 4, 4), 10, hidden=())
-
-
-NAMES = {"mnist": "MNIST", "fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-IMAGES = {"mnist": 60_000, "fashion-mnist": 60_000, "cifar10": 50_000}
-PLAIN = {"classifier": False}
-FIGURES = [  # what the authors ran: units, batch size, rate, the classifier's, sigma, balance, fields of the network
-    ("hsic-unformatted", "backprop", 1024, 256, 0.05, None, None, None, {}),
-    ("hsic-unformatted", "HSIC", 1024, 256, 1e-3, None, 6.0, (200.0, 1000.0, 2500.0), PLAIN),
-    ("hsic-format", "backprop", 128, 256, 1e-3, None, None, None, {}),
-    ("hsic-format", "HSIC", 128, 256, 1e-4, 0.005, 5.0, 50.0, {"last": 128}),
-    *(
-        ("hsic-format", f"HSIC {n}", 256, 256, 1e-4, 0.005, 5.0, 50.0, {"last": 128})
-        for n in ("1 epoch", "5 epochs", "10 epochs")
-    ),
-    *(("hsic-format", f"last {n}", 256, 256, 2e-4, 0.01, 5.0, 50.0, {"last": n}) for n in (8, 32, 64)),
-    *(("hsic-sigma", f"sigma {one:g}", 128, 512, 1e-4, 0.004, (one,), 50.0, {"last": 64}) for one in (1.0, 5.0, 10.0)),
-    ("hsic-sigma", "combined", 128, 512, 1e-4, 0.004, (1.0, 5.0, 10.0), 50.0, {"last": 64, "count": 3}),
-    ("hsic-resnet", "HSIC", 64, 512, 0.01, None, 5.0, (200.0, 500.0, 500.0), {}),
-    ("hsic-resnet", "backprop", 64, 512, 0.01, None, None, None, {}),
-    ("hsic-depth", "backprop", 1024, 256, 0.01, None, None, None, {"batch_norm": True}),
-    ("hsic-depth", "HSIC", 1024, 256, 1e-3, None, 6.0, (500.0, 1000.0, 2500.0), PLAIN | {"batch_norm": True}),
-    ("hsic-depth", "backprop, no BatchNorm", 1024, 256, 0.01, None, None, None, {"batch_norm": False}),
-    ("hsic-depth", "HSIC, no BatchNorm", 1024, 256, 1e-3, None, 6.0, (500.0, 1000.0, 2500.0), PLAIN | {"batch_norm": False}),
-]
-NETWORKS = {"hsic-resnet": ("residual", 8), "hsic-depth": ("normalised", 50)}
-
-
-@pytest.mark.parametrize("row", FIGURES, ids=lambda row: f"{row[0]} {row[1]}")
-def test_the_paper_panels_of_full_recipes_have_the_authors_settings(row):
-    name, series, units, batch, rate, top_rate, sigma, balance, network = row
-    trials = [trial for trial in RECIPES[name]("full").trials if trial.panel.endswith(", paper")]
-    assert {trial.series for trial in trials} == {one[1] for one in FIGURES if one[0] == name}
-    for trial in (trial for trial in trials if trial.series == series):
-        wanted = balance[list(NAMES).index(trial.data)] if isinstance(balance, tuple) else balance
-        readout = "one-hot" if PLAIN.items() <= network.items() else None
-        epochs = int(series.split()[1]) if "epoch" in series else 5
-        before = 0 if sigma is None or readout else epochs
-        assert trial.panel == f"{NAMES[trial.data]}, paper"
-        assert (trial.optimizer, trial.shuffle, trial.pixels, trial.samples, trial.drops) == ("sgd", False, True, None, ())
-        kind = "side-by-side" if series == "combined" else "normalised"
-        assert (trial.network, trial.layers) == NETWORKS.get(name, (kind, 7))
-        assert (trial.units, trial.batch_size, trial.network_fields) == (units, batch, network)
-        assert (trial.learning_rate, trial.top_learning_rate) == (rate, top_rate)
-        assert tuple(trial.fields.get(field) for field in ("sigma", "balance", "readout")) == (sigma, wanted, readout)
-        assert (trial.hidden_epochs, trial.epochs, trial.order_on_evaluated) == (before, before + 5, bool(readout))
-        assert trial.weight_decay == (1e-5 if (name, series) == ("hsic-resnet", "backprop") else 1e-3)
-
-
-@pytest.mark.parametrize("budget", ["smoke", "small", "full"])
-@pytest.mark.parametrize("name", sorted({row[0] for row in FIGURES}))
-def test_every_trial_freezes_after_its_hidden_epochs_and_shows_the_rest(name, budget):
-    recipe = RECIPES[name](budget)
-    keys = recipe.keys()
-    for trial in recipe.trials:
-        epoch = -(-(trial.samples or IMAGES[trial.data]) // trial.batch_size)
-        assert trial.fields.get("format_after", 0) == trial.hidden_epochs * epoch
-        shown = [x for panel, x, series in keys if (panel, series) == (trial.panel, trial.series)]
-        assert shown == list(range(1, trial.epochs - trial.hidden_epochs + 1))
-    assert {trial.panel.split(", ")[1] for trial in recipe.trials} == {"paper", "fair"}
-
-
-CURVE = Trial(
-    panel="digits", series="HSIC", x=None, seed=0, data="digits", samples=300, network="normalised", layers=3, units=16,
-    rule="hsic", fields={"balance": 20.0, "format_after": 2 * 5}, epochs=4, hidden_epochs=2, batch_size=64, shuffle=False,
-    pixels=True, optimizer="sgd", learning_rate=1e-3, top_learning_rate=0.01, drops=(),
-)  # fmt: skip
-ONE_HOT = replace(
-    CURVE, fields={"readout": "one-hot"}, network_fields={"classifier": False}, hidden_epochs=0, top_learning_rate=None,
-    order_on_evaluated=True,
-)  # fmt: skip
-COMBINED = replace(
-    CURVE, network="side-by-side", network_fields={"last": 8, "count": 2}, fields={"sigma": (1.0, 5.0), "format_after": 10}
-)
-
-
-@pytest.mark.parametrize("trial", [CURVE, ONE_HOT, COMBINED], ids=["format", "one-hot", "combined"])
-def test_a_curve_has_an_error_for_each_epoch_and_goes_on_where_it_was_stopped(trial, tmp_path, monkeypatch):
-    whole = trial.run(tmp_path / "whole")
-    assert len(whole["curve"]) == trial.epochs - trial.hidden_epochs
-    assert whole["curve"][-1] == whole["test_error"]
-    assert whole["steps"] == 4 * 5
-    assert replace(trial, hidden_epochs=0, series="all").run(tmp_path / "all")["curve"][trial.hidden_epochs :] == whole["curve"]
-    step = lf.Learner.step
-    for stop in (8, 13, 15):
-        count = []
-
-        def interrupted(self, x, y, *, count=count, stop=stop):
-            count.append(1)
-            if len(count) == stop:
-                os.kill(os.getpid(), signal.SIGINT)
-            return step(self, x, y)
-
-        monkeypatch.setattr(lf.Learner, "step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            trial.run(tmp_path / str(stop))
-        monkeypatch.undo()
-        assert trial.run(tmp_path / str(stop)) | {"seconds": 0} == whole | {"seconds": 0}
-
-
-def test_format_training_of_a_trial_moves_the_classifier_alone_at_its_own_rate():
-    dataset = load_once("digits", "cpu")
-    learner = CURVE.learner(dataset)
-    assert [group["lr"] for group in learner.optimizer.param_groups] == [1e-3, 0.01]
-    assert [id(p) for p in learner.optimizer.param_groups[1]["params"]] == [id(p) for p in learner.model[2].parameters()]
-    x, y = dataset.train.inputs[:64], dataset.train.targets[:64]
-    for step in range(12):
-        before = cases.copy_of(learner.model)
-        learner.step(x, y)
-        moved = {
-            name.split(".")[0] for name, value in learner.model.state_dict().items() if not torch.equal(value, before[name])
-        }
-        assert moved == ({"0", "1"} if step < 10 else {"2"})
-
-
-def test_pixels_are_from_nought_to_one():
-    dataset = load_once("digits", "cpu")
-    found = as_pixels(dataset)
-    assert (float(found.train.inputs.min()), float(found.train.inputs.max())) == (0.0, 1.0)
-    mean, sd = dataset.train.inputs.mean(), dataset.train.inputs.std()
-    torch.testing.assert_close(
-        (found.train.inputs - found.train.inputs.mean()) / found.train.inputs.std(), (dataset.train.inputs - mean) / sd
-    )
-    assert_same(found.test.targets, dataset.test.targets)
-    x = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    x[0, :, 0, 0], x[1, :, 0, 0] = 0.0, 1.0
-    shift, scale = torch.tensor([0.1, 0.5, 0.3])[:, None, None], torch.tensor([0.2, 0.3, 2.0])[:, None, None]
-    parts = Split((x - shift) / scale, torch.zeros(20, dtype=torch.int64))
-    again = as_pixels(replace(dataset, train=parts, test=Split(parts.inputs[3:5], parts.targets[3:5])))
-    torch.testing.assert_close(again.train.inputs, x, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(again.test.inputs, x[3:5], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("readout", "classifier"), [("classifier", True), ("one-hot", False), ("heads", False)])

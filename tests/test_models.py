@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from lockfree import models
 
@@ -136,3 +137,55 @@ def test_errors_say_what_was_wanted(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_the_hsic_paper_s_perceptron():
+    model = models.normalised_mlp((1, 4, 4), 10, hidden=(8, 6))
+    assert parameters(model) == 16 * 8 + 8 * 6 + 6 * 10 + 10
+    assert model(torch.randn(5, 1, 4, 4)).shape == (5, 10)
+    assert parameters(models.normalised_mlp((1, 4, 4), 10, hidden=(8,), classifier=False)) == 16 * 8 + 8 * 10
+    assert parameters(models.normalised_mlp((1, 4, 4), 10, hidden=(8,), batch_norm=False)) == 17 * 8 + 9 * 10
+    x = torch.randn(5, 1, 4, 4)
+    for activation, function in (("leaky-relu", F.leaky_relu), ("selu", F.selu), ("sigmoid", torch.sigmoid)):
+        layer = models.normalised_mlp((1, 4, 4), 3, hidden=(8,), activation=activation)[0]
+        made = x.flatten(1) @ layer[1].weight.T
+        normal = (made - made.mean(0)) / (made.var(0, unbiased=False) + 1e-5).sqrt()
+        torch.testing.assert_close(layer(x), function(normal))
+    with pytest.raises(ValueError, match="unknown activation 'rellu'"):
+        models.normalised_mlp((1, 4, 4), 10, activation="rellu")
+    with pytest.raises(ValueError, match=r"normalised_mlp: expected hidden layers of 1 unit or more, got \(0,\)"):
+        models.normalised_mlp((1, 4, 4), 10, hidden=(0,))
+
+
+def test_the_hsic_paper_s_residual_network():
+    for shape, side in (((1, 28, 28), 12), ((3, 32, 32), 14)):
+        model = models.single_resnet(shape, 10)
+        assert [type(block).__name__ for block in model][1:6] == ["SingleResidualBlock"] * 5
+        convolutions = shape[0] * 25 * 64 + 5 * 25 * 64 * 64
+        assert parameters(model) == convolutions + side * side * 64 * 512 + 5130
+    stem, block, dense, _ = models.single_resnet((1, 8, 8), 10, channels=3, depth=1)
+    images, x = torch.randn(4, 1, 8, 8), torch.randn(4, 3, 6, 6)
+
+    def normal(y):
+        return F.batch_norm(y, None, None, training=True)
+
+    torch.testing.assert_close(stem(images), F.relu(normal(F.conv2d(images, stem[0].weight, stride=2))))
+    torch.testing.assert_close(dense(x[:, :, :2, :2]), F.relu(normal(x[:, :, :2, :2].flatten(1) @ dense[1].weight.T)))
+    torch.testing.assert_close(block(x), F.relu(normal(F.relu(normal(F.conv2d(x, block.conv.weight, padding=2))) + x)))
+    assert models.single_resnet((1, 5, 5), 3, channels=2, depth=0, features=4)(torch.randn(2, 1, 5, 5)).shape == (2, 3)
+    with pytest.raises(ValueError, match="single_resnet"):
+        models.single_resnet((1, 4, 4), 10)
+
+
+def test_networks_side_by_side():
+    model, x = models.side_by_side((1, 4, 4), 10, hidden=(8, 6), count=2), torch.randn(5, 1, 4, 4)
+    assert parameters(model) == 2 * (16 * 8 + 8 * 6) + 6 * 10 + 10
+    handed = [model[0].parts[i](x) for i in range(2)]
+    assert all(map(torch.equal, model[0](x), handed))
+    second = [model[1].parts[i](handed[i]) for i in range(2)]
+    mean = F.batch_norm(sum(second) / 2, None, None, training=True)
+    torch.testing.assert_close(model(x), model[2][1](mean))
+    with pytest.raises(ValueError, match="side_by_side: expected one network or more, got count=0"):
+        models.side_by_side((1, 4, 4), 10, count=0)
+    with pytest.raises(ValueError, match="side_by_side: expected one hidden layer or more"):
+        models.side_by_side((1, 4, 4), 10, hidden=())

@@ -195,13 +195,12 @@ def single_resnet(
         8
 
     Reference:
-        Ma, Lewis, Kleijn 2019, arXiv 1908.01580, section 4 (ResNet); sizes as in the authors' code. The dense layer is normalised as
-        all their other dense layers are; whether this one is could not be checked.
+        Ma, Lewis, Kleijn 2019, arXiv 1908.01580, section 4 (ResNet); sizes and normalisation as in the authors' code.
     """
     check_shape("single_resnet", input_shape, classes, smallest=5)
     height, width = ((side - 5) // 2 + 1 for side in input_shape[1:])
-    stem = nn.Conv2d(input_shape[0], channels, 5, stride=2)
-    # Without the normalisation a linear classifier on these features learns badly at the paper's rate.
-    layers = [nn.Linear(channels * height * width, features, bias=False), nn.BatchNorm1d(features, affine=False), nn.ReLU()]
-    dense = nn.Sequential(nn.Flatten(), *layers)
+    convolution = nn.Conv2d(input_shape[0], channels, 5, stride=2, bias=False)
+    stem = nn.Sequential(convolution, nn.BatchNorm2d(channels, affine=False), nn.ReLU())
+    linear = nn.Linear(channels * height * width, features, bias=False)
+    dense = nn.Sequential(nn.Flatten(), linear, nn.BatchNorm1d(features, affine=False), nn.ReLU())
     return nn.Sequential(stem, *(SingleResidualBlock(channels) for _ in range(depth)), dense, nn.Linear(features, classes))

@@ -45,11 +45,10 @@ def _widths(layers: int, units: int, last: int | None) -> tuple[int, ...]:
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": lambda groups, decay: torch.optim.Adam(groups, weight_decay=decay, fused=True),
-    "sgd": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay),
-    "momentum": lambda groups, decay: torch.optim.SGD(groups, weight_decay=decay, momentum=0.9),
+    "adam": lambda groups, **options: torch.optim.Adam(groups, fused=True, **options),
+    "sgd": torch.optim.SGD,
 }
-"""Optimizers by name; sgd is without momentum."""
+"""Optimizers by name; sgd is without momentum, unless told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +62,7 @@ class Trial:
         seed: Decides initial weights, the order of the data, and what the rule draws.
         data: Data set.
         samples: Training images to use, from the first; ``None`` for all.
+        held_out: Training images, the last, that are kept back and tested on in place of the test set; for choosing settings.
         network: One of `NETWORKS`.
         network_fields: What it is told besides.
         layers: Blocks, the classifier among them, 2 or more.
@@ -76,9 +76,9 @@ class Trial:
         shuffle: Whether each epoch has an order of its own.
         pixels: Whether images are taken as they are, 0 to 1, not standardised.
         optimizer: One of `OPTIMIZERS`.
-        learning_rate: Of the blocks.
-        top_learning_rate: Of the last block; the same if ``None``.
-        weight_decay: Of all of them.
+        learning_rate: Of the optimizer.
+        weight_decay: Of the optimizer.
+        top: Options of the optimizer, such as lr, that differ for the last block.
         order_on_evaluated: Read classes out in the HSIC paper's way: on the evaluated images themselves, with their labels.
         drops: Parts of the training, 0 to 1, after which the learning rates are divided by ten.
     """
@@ -89,6 +89,7 @@ class Trial:
     seed: int
     data: str
     samples: int | None = None
+    held_out: int = 0
     network: str = "fcn"
     network_fields: dict[str, Any] = field(default_factory=dict)
     layers: int
@@ -103,8 +104,8 @@ class Trial:
     pixels: bool = False
     optimizer: str = "adam"
     learning_rate: float = 1e-3
-    top_learning_rate: float | None = None
     weight_decay: float = 0.0
+    top: dict[str, Any] = field(default_factory=dict)
     order_on_evaluated: bool = False
     drops: tuple[float, ...] = (0.6, 0.8)
 
@@ -134,14 +135,13 @@ class Trial:
         )
 
     def _optimizer(self, parameters: list[nn.Parameter], top: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.top_learning_rate is None:
-            return OPTIMIZERS[self.optimizer]([{"params": parameters, "lr": self.learning_rate}], self.weight_decay)
-        above = {id(parameter) for parameter in top}
+        above = {id(parameter) for parameter in top} if self.top else set()
         groups = [
-            {"params": [p for p in parameters if (id(p) in above) == last], "lr": rate}
-            for last, rate in ((False, self.learning_rate), (True, self.top_learning_rate))
+            {"params": [parameter for parameter in parameters if (id(parameter) in above) == last], **options}
+            for last, options in ((False, {}), (True, self.top))
         ]
-        return OPTIMIZERS[self.optimizer](groups, self.weight_decay)
+        groups = [group for group in groups if group["params"]]
+        return OPTIMIZERS[self.optimizer](groups, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def run(self, folder: Path, device: str = "cpu") -> dict[str, Any]:
         """Trains, or goes on from the last checkpoint in the folder, and returns errors in per cent and seconds.
@@ -166,6 +166,8 @@ class Trial:
         dataset = load_once(self.data, device)
         if self.pixels:
             dataset = as_pixels(dataset)
+        if self.held_out:
+            dataset = held_out(dataset, self.held_out)
         train = Split(*(part[: self.samples] for part in dataset.train))
         loader = TensorLoader(*train, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed)
         epochs = self.epochs or max(1, math.ceil(self.steps / len(loader)))
@@ -206,4 +208,10 @@ def as_pixels(dataset: Dataset) -> Dataset:
     darkest = dataset.train.inputs.amin((0, 2, 3), keepdim=True)
     range_ = (dataset.train.inputs.amax((0, 2, 3), keepdim=True) - darkest).clamp_min(1e-12)
     train, test = (Split((split.inputs - darkest) / range_, split.targets) for split in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test)
+
+
+def held_out(dataset: Dataset, count: int) -> Dataset:
+    """Returns a data set whose test images are the last so many of the training images, which are no longer trained on."""
+    train, test = (Split(*(part[which] for part in dataset.train)) for which in (slice(-count), slice(-count, None)))
     return replace(dataset, train=train, test=test)
