@@ -31,7 +31,7 @@ FIGURES = [  # what the authors ran: units, batch size, rate, the classifier's, 
         for n in ("1 epoch", "5 epochs", "10 epochs")
     ),
     *(("hsic-format", f"last {n}", 256, 256, 2e-4, 0.01, 5.0, 50.0, {"last": n}) for n in (8, 32, 64)),
-    *(("hsic-sigma", f"sigma {one:g}", 128, 512, 1e-4, 0.004, (one,), 50.0, {"last": 64}) for one in (1.0, 5.0, 10.0)),
+    *(("hsic-sigma", f"sigma {one:g}", 128, 512, 1e-4, 0.004, one, 50.0, {"last": 64}) for one in (1.0, 5.0, 10.0)),
     ("hsic-sigma", "combined", 128, 512, 1e-4, 0.004, (1.0, 5.0, 10.0), 50.0, {"last": 64, "count": 3}),
     ("hsic-resnet", "HSIC", 64, 512, 0.01, None, 5.0, (200.0, 500.0, 500.0), {}),
     ("hsic-resnet", "backprop", 64, 512, 0.01, None, None, None, {}),

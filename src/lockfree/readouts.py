@@ -18,11 +18,20 @@ class Readout(ABC):
     """How the class scores come about, and what has to learn for it."""
 
     def supervises(self, place: Place) -> bool:
-        """Whether the block learns from the user's loss, not from the rule's own objective."""
+        """Whether the block learns from the user's loss, not from the rule's own objective.
+
+        Args:
+            place: The block's.
+        """
         return False
 
     def pace(self, place: Place, batch: int) -> Pace:
-        """What a block does with a batch."""
+        """What a block does with a batch.
+
+        Args:
+            place: The block's.
+            batch: The batch's number, from 0.
+        """
         return Pace.LEARN
 
     @property
@@ -31,20 +40,40 @@ class Readout(ABC):
         return False
 
     def auxiliary_needs(self, place: Place) -> Needs | None:
-        """What the auxiliary network must have received before it may learn."""
+        """What the auxiliary network must have received before it may learn; ``None``: there is none, or it never does.
+
+        Args:
+            place: The block's.
+        """
         return None
 
     def build(self, site: Site) -> nn.Module | None:
-        """Makes the auxiliary network of one cell."""
+        """Makes the auxiliary network of one cell, if it has one.
+
+        Args:
+            site: The cell's place, and an example of what its block hands up.
+
+        Raises:
+            ValueError: If the model's output cannot be read out in this way.
+        """
         return None
 
     def learn(self, context: Context) -> Tensor | None:
-        """Lets the auxiliary network learn; returns its loss, if it has one."""
+        """Lets the auxiliary network learn; returns its loss, if it has one.
+
+        Args:
+            context: The block's output, the targets and the loss.
+        """
         return None
 
     @abstractmethod
     def predict(self, trained: Trained, inputs: Values) -> Values:
-        """Returns the scores of a batch."""
+        """Returns the scores of a batch.
+
+        Args:
+            trained: The model, its blocks, and the auxiliary networks.
+            inputs: What the model is called with.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

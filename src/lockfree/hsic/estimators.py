@@ -65,8 +65,7 @@ def hsic(
         Gretton, Bousquet, Smola, Schölkopf 2005, "Measuring statistical dependence with Hilbert-Schmidt norms", equation 9; Song,
         Smola, Gretton, Bedo, Borgwardt 2012, equation 5 (unbiased); Zhang, Filippi, Gretton, Sejdinovic 2018 (blocks).
     """
-    least = choose(_LEAST, estimator, "estimator")
-    measure = choose(_CRITERIA, estimator, "estimator")
+    measure, least = choose(_CRITERIA, estimator, "estimator")
     return _measured(x, y, (kernel_x or Gaussian(sigma_x), kernel_y or Gaussian(sigma_y)), least, block_size, measure)
 
 
@@ -160,8 +159,7 @@ def cka(
     Reference:
         Kornblith, Norouzi, Lee, Hinton 2019, "Similarity of neural network representations revisited", arXiv 1905.00414.
     """
-    least = choose(_LEAST, estimator, "estimator")
-    criterion = choose(_CRITERIA, estimator, "estimator")
+    criterion, least = choose(_CRITERIA, estimator, "estimator")
 
     def measure(a: "Side", b: "Side") -> Tensor:
         own = criterion(a, a), criterion(b, b)
@@ -274,8 +272,8 @@ def _unbiased(a: Side, b: Side) -> Tensor:
     return (_u_centred(a.contrast) * _u_centred(b.contrast)).sum() / (m * (m - 3))
 
 
-_LEAST = {"biased": 2, "unbiased": 4}
-_CRITERIA: dict[str, Callable[[Side, Side], Tensor]] = {"biased": _biased, "unbiased": _unbiased}
+# The criterion, and how many samples it needs.
+_CRITERIA: dict[str, tuple[Callable[[Side, Side], Tensor], int]] = {"biased": (_biased, 2), "unbiased": (_unbiased, 4)}
 
 
 def _u_centred(gram: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What one block's units do for which class."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,9 +77,12 @@ class Activations(Probe):
                 )
             left.set_ylabel(title)
             left.set_xlabel(f"first unit of block {last['block']}, after step {last['step']}")
-            means = [one for one in last["class_means"] if one]
-            image = right.imshow(means, aspect="auto", cmap="viridis")
+            units = max(len(one) for one in last["class_means"])
+            means = [one or [math.nan] * units for one in last["class_means"]]
+            image = right.imshow(means, aspect="auto", cmap="viridis", interpolation="nearest")
             right.set(xlabel="unit", ylabel="class")
+            right.xaxis.get_major_locator().set_params(integer=True)
+            right.yaxis.get_major_locator().set_params(integer=True)
             figure.colorbar(image, ax=right)
         axes[0][0].set_title("distribution by class", fontsize=10)
         axes[0][1].set_title("mean by class", fontsize=10)
