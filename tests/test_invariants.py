@@ -320,7 +320,7 @@ class Naive:
         credit = self.credit(cell, batch, batches[batch][1])
         at_z, *gradients = torch.autograd.grad(y, [z, *weights], credit, retain_graph=True)
         if cell:
-            matrix = self.auxiliaries[cell].layer_0 if self.kind == "fa" else weights[0].detach()
+            matrix = self.auxiliaries[cell].feedbacks[0].weights if self.kind == "fa" else weights[0].detach()
             self.downs[cell - 1, batch] = at_z @ matrix
         return gradients
 

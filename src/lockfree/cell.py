@@ -185,9 +185,7 @@ class Cell:
 
     def _run_block(self, visit: _Visit, again: Call | None) -> Values:
         context = visit.context
-        made, visit.block_call = self._parts["block"].call(
-            lambda: self.rule.run(self.block, self.auxiliary, context.inputs), again
-        )
+        made, visit.block_call = self._parts["block"].call(lambda: self.rule.run(self.block, context), again)
         visit.made, self.outputs_carry = carriers(made), carrying(made)
         context.outputs = tuple(tensor.detach() for tensor in visit.made)
         if self.joined_above:
@@ -199,7 +197,7 @@ class Cell:
         """Runs the block where nobody will ask for a gradient, so that none of its graph need be kept."""
         context = visit.context
         with torch.no_grad():
-            made = self.rule.run(self.block, self.auxiliary, context.inputs)
+            made = self.rule.run(self.block, context)
         outputs = mark(detach(made), self.outputs_carry or [])
         context.outputs = tuple(tensor.detach() for tensor in carriers(outputs))
         context.inputs = None

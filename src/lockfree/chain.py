@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,7 @@ class Block(nn.Module):
         return self._call(clone(values) if self._mutates[mode] else values)
 
     def _call(self, values: Values) -> Values:
-        piece = self._forms.now()[self._index]
-        return piece.body(values) if piece.takes == 1 else piece.body(*values)
+        return _run(self._forms.now()[self._index], values)
 
     def _first_call(self, mode: tuple[bool, ...], values: Values) -> Values:
         """Finds out whether the block changes its input in place; what crosses a border is shared with the block below."""
@@ -90,6 +90,11 @@ class Block(nn.Module):
         outputs = self._call(copies)
         self._mutates[mode] = before != [tensor._version for tensor in tensors(copies)]
         return outputs
+
+    def copy(self) -> nn.Module:
+        """Returns what the block runs in its present modes as a module with weights of its own."""
+        in_place = any(self._mutates.values()) or not self._mutates  # who has not run might
+        return _Copy(self._forms.now()[self._index], in_place=in_place)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -108,6 +113,22 @@ class Block(nn.Module):
         for name, module in self._model[0].named_modules():
             if id(module) in inside:
                 yield name, module
+
+
+def _run(piece: Piece, values: Values) -> Values:
+    return piece.body(values) if piece.takes == 1 else piece.body(*values)
+
+
+class _Copy(nn.Module):
+    """What a block runs, with weights of its own."""
+
+    def __init__(self, piece: Piece, *, in_place: bool) -> None:
+        super().__init__()
+        self.body = deepcopy(piece.body)
+        self._takes, self._in_place = piece.takes, in_place
+
+    def forward(self, values: Values) -> Values:
+        return _run(Piece("", self.body, self._takes), clone(values) if self._in_place else values)
 
 
 class Chain:

@@ -4,24 +4,124 @@ A layer $y = f(x, W)$ that is linear in x sends $\partial L/\partial x = J(W)^T 
 of W it sends $J(B)^T \delta$ instead; everything else, the gradient of W included, stays as it is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-Backward = Callable[[nn.Module, Tensor, Tensor, torch.Size], Tensor]
+from lockfree.chain import Block
+from lockfree.rule import Context, Needs, Place, Rule, Site
+from lockfree.values import Credit, Values
 
-_BACKWARDS: dict[type[nn.Module], Backward] = {}
+Backward = Callable[[Any, Tensor, Tensor, torch.Size], Tensor]
+"""Maps (layer, feedback weights, dL/dy, shape of x) to dL/dx."""
+
+
+# ---- what stands for a weight on the way down ---------------------------------------------------------------------------------
+
+
+class Feedback(nn.Module, ABC):
+    """What stands for one weight on the way down: fixed, or made of the weight itself."""
+
+    @abstractmethod
+    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Returns what is decided when the layer runs forward.
+
+        Args:
+            weight: W.
+            generator: What to draw from, if the rule gives one.
+        """
+
+    @abstractmethod
+    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
+        """Returns B, of the shape of W.
+
+        Args:
+            weight: W as it was in the forward pass.
+            drawn: What `draw` returned then.
+        """
+
+
+def like_initial(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draws a tensor of the shape of a weight as PyTorch initialises its linear layers and convolutions.
+
+    Args:
+        weight: Tells shape, type and device.
+        generator: What to draw from; the global one if ``None``.
+    """
+    # In the usual memory order, so that what is drawn does not depend on the weight's.
+    drawn = torch.empty_like(weight, requires_grad=False, memory_format=torch.contiguous_format)
+    return nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+
+
+class Fixed(Feedback):
+    """A fixed random B.
+
+    Args:
+        weight: W.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weights", like_initial(weight))
+
+    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.get_buffer("weights")
+
+    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
+        return drawn
+
+
+class Way(NamedTuple):
+    """The way down past one weight.
+
+    Attributes:
+        weight: W.
+        feedback: What stands for it.
+        generator: What may be drawn from for this batch, if the rule gives it.
+    """
+
+    weight: Tensor
+    feedback: Feedback
+    generator: torch.Generator | None
+
+
+# ---- the registry ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a type of layer runs, and which of its parameters are matrices that something stands for.
+
+    Attributes:
+        run: Maps (layer, ways down by the matrices' names, *what the layer is called with) to the layer's output.
+        whole: Whether the form speaks for the layers inside, too.
+    """
+
+    run: Callable[..., Any]
+    whole: bool = False
+
+    def matrices(self, layer: nn.Module) -> list[str]:
+        """Returns the names of the parameters that are matrices."""
+        return [name for name, value in layer.named_parameters(recurse=self.whole) if value.dim() > 1]
+
+
+_FORMS: dict[type[nn.Module], _Form] = {}
 # Layers without a matrix to transpose on the way down: nothing to replace.
-_EXEMPT = (nn.Embedding, nn.EmbeddingBag)
+_EXEMPT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 def register_feedback(layer_type: type[nn.Module]) -> Callable[[Backward], Backward]:
-    """Registers how a type of layer sends credit down through feedback weights.
+    """Registers how a type of layer with one input, which it is linear in, sends credit down through feedback weights.
 
-    The function gets (layer, feedback weights of the weight's shape, dL/dy, shape of x) and returns dL/dx.
+    The function gets (layer, feedback weights of the shape of ``layer.weight``, dL/dy, shape of x) and returns dL/dx.
 
     Example:
         >>> class Scale(nn.Linear):
@@ -32,14 +132,53 @@ def register_feedback(layer_type: type[nn.Module]) -> Callable[[Backward], Backw
     """
 
     def register(backward: Backward) -> Backward:
-        _BACKWARDS[layer_type] = backward
+        def run(layer: nn.Module, ways: Mapping[str, Way], x: Tensor, *more: Any) -> Tensor:
+            if more:
+                kind = type(layer).__name__
+                raise ValueError(
+                    f"feedback weights serve layers of one input, {kind} got {1 + len(more)}: build it from such layers"
+                )
+            y = type(layer).forward(layer, x.detach())
+            return _reroute(x, y, ways["weight"], lambda *known: backward(layer, *known))
+
+        _FORMS[layer_type] = _Form(run)
         return backward
 
     return register
 
 
+def _reroute(x: Tensor, y: Tensor, way: Way, send: Callable[..., Tensor]) -> Tensor:
+    """Returns y, which knows of x only that credit for it goes down by ``send(B, dL/dy, shape of x)``."""
+    if not x.requires_grad:
+        return y
+    weight = way.weight.detach()
+    drawn = way.feedback.draw(weight, way.generator)
+    return _Reroute.apply(x, y, weight, drawn, way.feedback, send)  # pyrefly: ignore[bad-return]
+
+
+class _Reroute(torch.autograd.Function):
+    """The identity of y, whose backward gives y its gradient and x the one through the feedback weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor, drawn: Tensor, feedback: Feedback, send: Callable[..., Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(weight, drawn)
+        ctx.feedback, ctx.send, ctx.shape = feedback, send, x.shape
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        matrix = ctx.feedback.matrix(*ctx.saved_tensors).to(gradient.dtype)
+        return ctx.send(matrix, gradient, ctx.shape), gradient, None, None, None, None
+
+
+# ---- layers that are known ---------------------------------------------------------------------------------------------------
+
+
 @register_feedback(nn.Linear)
-def _linear(layer: nn.Module, feedback: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
+def _linear(layer: nn.Linear, feedback: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
     return gradient @ feedback
 
 
@@ -47,9 +186,8 @@ def _convolution(layer: Any, feedback: Tensor, gradient: Tensor, shape: torch.Si
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return _by_autograd(layer, feedback, gradient, shape)
     empty = gradient.new_empty(1).expand(shape)
-    transposed, no_output_padding = False, [0] * len(layer.kernel_size)
     wanted = [True, False, False]  # dL/dx alone
-    arguments = (layer.stride, layer.padding, layer.dilation, transposed, no_output_padding, layer.groups, wanted)
+    arguments = (layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups, wanted)
     return torch.ops.aten.convolution_backward(gradient, empty, feedback, None, *arguments)[0]
 
 
@@ -61,90 +199,207 @@ def _by_autograd(layer: nn.Module, feedback: Tensor, gradient: Tensor, shape: to
     return torch.autograd.grad(y, x, gradient)[0]
 
 
-for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
     register_feedback(_type)(_convolution)
 
 
+def _attention(
+    layer: nn.MultiheadAttention,
+    ways: Mapping[str, Way],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as `nn.MultiheadAttention` has it, whose four projections send credit down through feedback weights."""
+    if is_causal and attn_mask is None:
+        raise ValueError("MultiheadAttention: is_causal is a hint about attn_mask, pass attn_mask, too")
+    given = (query, key, value)
+    batched = query.dim() == 3
+    given = tuple(x[None] if not batched else x if layer.batch_first else x.transpose(0, 1) for x in given)
+    q, k, v = _projected(layer, ways, given, same=query is key is value)
+    batch, length, width = q.shape
+    if layer.bias_k is not None and layer.bias_v is not None:
+        k, v = (torch.cat([x, bias.expand(batch, 1, width)], 1) for x, bias in ((k, layer.bias_k), (v, layer.bias_v)))
+    if layer.add_zero_attn:
+        k, v = (torch.cat([x, x.new_zeros(batch, 1, width)], 1) for x in (k, v))
+    q, k, v = (x.view(batch, -1, layer.num_heads, layer.head_dim).transpose(1, 2) for x in (q, k, v))
+    mask = _additive_mask(attn_mask, key_padding_mask, q, k)
+    dropout = layer.dropout if layer.training else 0.0
+    weights = None
+    if need_weights:
+        scores = (q * layer.head_dim**-0.5) @ k.transpose(2, 3)
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        mixed = weights @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    mixed = mixed.transpose(1, 2).reshape(batch, length, width)
+    out = _through_linear(mixed, layer.out_proj.bias, ways["out_proj.weight"])
+    if weights is not None and average_attn_weights:
+        weights = weights.mean(1)
+    if not batched:
+        return out[0], None if weights is None else weights[0]
+    return (out if layer.batch_first else out.transpose(0, 1)), weights
+
+
+def _projected(layer: nn.MultiheadAttention, ways: Mapping[str, Way], given: tuple[Tensor, ...], *, same: bool) -> list[Tensor]:
+    """Returns queries, keys and values."""
+    bias = layer.in_proj_bias
+    if layer.in_proj_weight is None:
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [_through_linear(x, one, ways[name]) for x, name, one in zip(given, names, biases, strict=True)]
+    if same:
+        return list(_through_linear(given[0], bias, ways["in_proj_weight"]).chunk(3, dim=-1))
+    # Each is a third of what the packed matrix makes.
+    return [_through_linear(x, bias, ways["in_proj_weight"]).chunk(3, dim=-1)[index] for index, x in enumerate(given)]
+
+
+def _additive_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Joins both masks into one that is added to scores of shape (batch, heads, queries, keys)."""
+    batch, heads = q.shape[:2]
+    masks = []
+    if attention is not None:
+        masks.append(attention.view(batch, heads, *attention.shape[1:]) if attention.dim() == 3 else attention)
+    if padding is not None:
+        masks.append(padding.view(batch, 1, 1, -1))
+    found = None
+    for mask in masks:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
+        mask = F.pad(mask.to(q.dtype), (0, k.shape[2] - mask.shape[-1]))  # what the layer has added is seen by all
+        found = mask if found is None else found + mask
+    return found
+
+
+def _through_linear(x: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+    y = F.linear(x.detach(), way.weight, bias)
+    return _reroute(x, y, way, lambda matrix, gradient, shape: gradient @ matrix)
+
+
+_FORMS[nn.MultiheadAttention] = _Form(_attention, whole=True)
+
+
+# ---- a block and its feedback weights ----------------------------------------------------------------------------------------
+
+
 class FeedbackWeights(nn.Module):
-    """Fixed random feedback weights for every layer of a block, as buffers named after the layers.
+    """What stands for every weight matrix of a block on the way down.
 
     Args:
         layers: The modules of a block, each with its name.
+        make: Makes what stands for one weight.
         rule: Who asks, for the error message.
 
     Raises:
         ValueError: If a layer with a weight matrix has no registered feedback form.
     """
 
-    def __init__(self, layers: Iterable[tuple[str, nn.Module]], *, rule: str) -> None:
+    def __init__(
+        self, layers: Iterable[tuple[str, nn.Module]], *, make: Callable[[Tensor], Feedback] = Fixed, rule: str
+    ) -> None:
         super().__init__()
-        self._layers: list[nn.Module] = []
+        self.feedbacks = nn.ModuleList()
+        self._of: list[tuple[nn.Module, Callable[..., Any], dict[str, Feedback]]] = []
+        spoken_for: set[int] = set()
         for name, layer in layers:
-            matrices = [key for key, value in layer.named_parameters(recurse=False) if value.dim() > 1]
-            if not matrices or isinstance(layer, _EXEMPT):
+            if id(layer) in spoken_for or isinstance(layer, _EXEMPT):
                 continue
-            if matrices != ["weight"]:
+            form = _FORMS.get(type(layer))
+            if form is not None and form.whole:
+                spoken_for |= {id(inner) for inner in layer.modules()}
+            own = [key for key, value in layer.named_parameters(recurse=False) if value.dim() > 1]
+            if not own and (form is None or not form.whole):
+                continue
+            if form is None or (own != ["weight"] and not form.whole):
+                raise ValueError(_refusal(rule, name, layer, own))
+            found = {key: make(layer.get_parameter(key)) for key in form.matrices(layer) if not key.startswith("bias_")}
+            self.feedbacks.extend(found.values())
+            self._of.append((layer, form.run, found))
+
+    def pairs(self) -> Iterator[tuple[Tensor, Feedback]]:
+        """Yields each weight with what stands for it."""
+        for layer, _, feedbacks in self._of:
+            for name, feedback in feedbacks.items():
+                yield layer.get_parameter(name), feedback
+
+    @contextmanager
+    def in_force(self, generator: torch.Generator | None = None) -> Iterator[None]:
+        """Lets the layers run as they are, but differentiate through what stands for their weights.
+
+        Args:
+            generator: What may be drawn from for this batch.
+        """
+        for layer, run, feedbacks in self._of:
+            ways = {name: Way(layer.get_parameter(name), feedback, generator) for name, feedback in feedbacks.items()}
+            # An instance's own forward hides the class's; written past nn.Module.__setattr__, which is slow.
+            layer.__dict__["forward"] = partial(run, layer, ways)
+        try:
+            yield
+        finally:
+            for layer, _, _ in self._of:
+                layer.__dict__.pop("forward", None)
+
+
+def _refusal(rule: str, name: str, layer: nn.Module, matrices: list[str]) -> str:
+    kind = type(layer).__name__
+    if matrices != ["weight"]:
+        return (
+            f"{rule} serves layers with one matrix, called weight; {kind} ('{name}') has {', '.join(matrices)}: build it from "
+            "such layers, or register one with register_feedback"
+        )
+    return (
+        f"{rule} does not know how a {kind} ('{name}') sends credit down: register it with "
+        "lockfree.feedback.register_feedback, or build it from layers that are known"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackRule(Rule):
+    """A rule under which credit travels down the layers as in backpropagation, but through other weights than the forward ones."""
+
+    @abstractmethod
+    def feedback(self, weight: Tensor) -> Feedback:
+        """Makes what stands for one weight on the way down.
+
+        Args:
+            weight: W.
+        """
+
+    def needs(self, place: Place) -> Needs:
+        return Needs.ABOVE
+
+    def passes_on(self, place: Place) -> bool:
+        return True
+
+    def build(self, site: Site) -> nn.Module | None:
+        assert isinstance(site.block, Block)
+        rule, layers = self.card.title.lower(), list(site.block.layers())
+        owned = {id(parameter) for _, layer in layers for parameter in layer.parameters(recurse=False)}
+        for parameter in site.block.parameters():
+            if parameter.dim() > 1 and id(parameter) not in owned:
                 raise ValueError(
-                    f"{rule} serves layers with one matrix, called weight; {type(layer).__name__} ('{name}') has "
-                    f"{', '.join(matrices)}: build it from such layers, or register one with register_feedback"
+                    f"{rule} cannot tell how a weight of shape {tuple(parameter.shape)} is used in block {site.place.index}: a "
+                    "function takes it, not a layer of that block; call a layer such as nn.Linear instead"
                 )
-            if type(layer) not in _BACKWARDS:
-                raise ValueError(
-                    f"{rule} does not know how a {type(layer).__name__} ('{name}') sends credit down: register it with "
-                    "lockfree.feedback.register_feedback, or build it from layers that are known"
-                )
-            weight = layer.get_parameter("weight")
-            # In the usual memory order, so that what is drawn does not depend on the weight's.
-            feedback = torch.empty_like(weight, requires_grad=False, memory_format=torch.contiguous_format)
-            nn.init.kaiming_uniform_(feedback, a=5**0.5)  # as PyTorch initialises these layers' weights
-            self.register_buffer(f"layer_{len(self._layers)}", feedback)
-            self._layers.append(layer)
+        return FeedbackWeights(layers, make=self.feedback, rule=rule)
 
-    def pairs(self) -> Iterator[tuple[nn.Module, Tensor]]:
-        """Yields each layer with its feedback weights."""
-        return zip(self._layers, self.buffers(), strict=True)
+    def generator(self, context: Context) -> torch.Generator | None:
+        """Returns what feedback is drawn from for a batch, if any of it is: a function of batch and place alone.
 
+        Args:
+            context: Batch and place.
+        """
+        return None
 
-class _SendDown(torch.autograd.Function):
-    """The identity of y, whose backward gives y its gradient and x the one through the feedback weights."""
+    def run(self, block: nn.Module, context: Context) -> Values:
+        assert isinstance(context.auxiliary, FeedbackWeights)
+        with context.auxiliary.in_force(self.generator(context)):
+            return block(context.inputs)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, feedback: Tensor, layer: nn.Module) -> Tensor:
-        ctx.save_for_backward(feedback)
-        ctx.layer, ctx.shape = layer, x.shape
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (feedback,), (gradient,) = ctx.saved_tensors, gradients
-        down = _BACKWARDS[type(ctx.layer)](ctx.layer, feedback.to(gradient.dtype), gradient, ctx.shape)
-        return down, gradient, None, None
-
-
-@contextmanager
-def routed(block: nn.Module, weights: FeedbackWeights) -> Iterator[None]:
-    """Lets the layers of a block run as they are, but differentiate through their feedback weights."""
-    pairs = list(weights.pairs())
-    for layer, feedback in pairs:
-        layer.forward = _forward_through(layer, feedback)
-    try:
-        yield
-    finally:
-        for layer, _ in pairs:
-            del layer.forward  # the class's own forward shows again
-
-
-def _forward_through(layer: nn.Module, feedback: Tensor) -> Callable[[Tensor], Tensor]:
-    original = layer.forward
-
-    def forward(x: Tensor, *more: Tensor) -> Tensor:
-        if more:
-            kind = type(layer).__name__
-            raise ValueError(
-                f"feedback weights serve layers of one input, {kind} got {1 + len(more)}: build it from such layers"
-            )
-        if not x.requires_grad:
-            return original(x)
-        return _SendDown.apply(x, original(x.detach()), feedback, layer)
-
-    return forward
+    def credit(self, context: Context) -> Credit | None:
+        return context.above

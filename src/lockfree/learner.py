@@ -487,7 +487,7 @@ def _make_cells(
         objective.see(rehearsal[-1])
     cells = []
     for i, (place, block) in enumerate(zip(places, chain.blocks, strict=True)):
-        site = Site(place=place, block=block, rehearsal=rehearsal, example=example_input)
+        site = Site(place=place, block=block, above=chain.blocks[i + 1 :], rehearsal=rehearsal, example=example_input)
         overlapping = (Kind.LEARN, Kind.AUXILIARY, Kind.INPUT)
         wiring = Wiring(
             joined=(i > 0 and joins[i - 1], joins[i]),

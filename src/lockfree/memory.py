@@ -78,6 +78,7 @@ def hold(tensor: Tensor) -> Tensor | _Holder:
 
     Only the innermost hooks of autograd see a tensor, so they have to help.
     """
+    tensor = tensor.detach()  # an operation that saves its own result would keep itself alive if nobody differentiates it
     pointer = tensor.untyped_storage().data_ptr()
     if not _watching or not pointer or pointer in _watching[-1]._own:
         return tensor

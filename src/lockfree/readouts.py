@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lockfree.objective import describe
 from lockfree.rule import Context, Needs, Pace, Place, Site, Trained
-from lockfree.values import Values, carrying, tensors
+from lockfree.values import Values, by_place, carrying, tensors
 
 
 class Readout(ABC):
@@ -293,7 +293,7 @@ class Head(nn.Module):
         if y.dim() == 4 and y[0].numel() > _MOST_FEATURES:
             side = max(1, int((_MOST_FEATURES / y.shape[1]) ** 0.5))
             self.pool = nn.AdaptiveAvgPool2d((min(side, y.shape[2]), min(side, y.shape[3])))
-        self._sequence = y.dim() > 2 and scores.dim() > 2 and y.shape[1:-1] == scores.shape[1:-1]
+        self._sequence = by_place(y, scores)
         self._shape = scores.shape[1:]
         if self._sequence:
             self.linear = nn.Linear(y.shape[-1], scores.shape[-1])

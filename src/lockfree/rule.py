@@ -87,12 +87,14 @@ class Site:
     Attributes:
         place: Where the cell stands.
         block: The piece of the user's model.
+        above: The pieces above it, bottom to top.
         rehearsal: What each block hands up for the example batch, bottom to top; ``None`` if no example was given.
         example: The example batch itself, the network's input.
     """
 
     place: Place
     block: nn.Module
+    above: Sequence[nn.Module] = ()
     rehearsal: Sequence[Values] | None
     example: Values | None = None
 
@@ -114,6 +116,14 @@ class Site:
         """
         outputs = self._rehearsed()
         return outputs[self.place.index - 1] if self.place.index else self.example
+
+    def handed_to(self, index: int) -> Values:
+        """What the block of that number, above this one, is given for the example batch.
+
+        Raises:
+            ValueError: If no example batch was given.
+        """
+        return self._rehearsed()[index - 1]
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -286,9 +296,12 @@ class Rule(ABC):
         """Makes the optimizer of the auxiliary networks."""
         return torch.optim.Adam(parameters)
 
-    def run(self, block: nn.Module, auxiliary: nn.Module | None, inputs: Values) -> Values:
-        """Runs the block forward; rules that change how a layer differentiates do it here."""
-        return block(inputs)
+    def run(self, block: nn.Module, context: Context) -> Values:
+        """Runs the block forward on ``context.inputs``; rules that change how a layer differentiates do it here.
+
+        What is drawn here must depend on the batch and the place alone, so that the order in which blocks run is no matter.
+        """
+        return block(context.inputs)
 
     def learn(self, context: Context) -> Tensor | None:
         """Leaves gradients on the auxiliary network's parameters; returns the loss that they descend, for the record."""

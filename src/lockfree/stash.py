@@ -75,7 +75,7 @@ class Stash:
             weight = by_storage.get(pointer)
             if weight is None:
                 # A later call may change a buffer in place; it is small enough to be copied.
-                return tensor.clone() if pointer in moving else hold(tensor)
+                return tensor.detach().clone() if pointer in moving else hold(tensor)
             return _Saved(weight, call.version, tensor.size(), tensor.stride(), tensor.storage_offset())
 
         def unpack(saved: Any) -> Tensor:

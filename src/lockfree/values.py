@@ -81,3 +81,13 @@ def batch_size(values: Values) -> int:
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError(f"the input is {type(values).__name__} without a batched tensor: pass tensors of shape (batch, ...)")
+
+
+def by_place(y: Tensor, scores: Tensor) -> bool:
+    """Whether two batched tensors are sequences of the same length, (batch, length, features) each.
+
+    Example:
+        >>> by_place(torch.zeros(2, 5, 8), torch.zeros(2, 5, 3))
+        True
+    """
+    return y.dim() == scores.dim() == 3 and y.shape[1] == scores.shape[1]

@@ -1,12 +1,13 @@
 """Batches from tensors that are whole in memory, in an order that a resume can take up anywhere."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
+
+from lockfree.rng import seed_of
 
 
 class TensorLoader:
@@ -119,7 +120,5 @@ class TensorLoader:
         return self._inputs.index_select(0, chosen), self._targets.index_select(0, chosen)
 
     def _order(self, epoch: int) -> Tensor:
-        # Seed and epoch are mixed by a hash: with a sum, epoch 1 of seed 0 would be epoch 0 of seed 1.
-        mixed = hashlib.blake2b(f"{self._seed} {epoch}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, epoch))
         return torch.randperm(len(self._inputs), generator=generator).to(self._inputs.device)

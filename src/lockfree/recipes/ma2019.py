@@ -364,7 +364,8 @@ def hsic_resnet(budget: str) -> Recipe:
             )
         )
         if here is not _RESNETS["small"]:  # where it takes hours
-            trials.append(place.backprop(rate=0.01, **sizes | ({"weight_decay": 1e-5} if place.paper else {})))
+            lighter: dict[str, Any] = {"weight_decay": 1e-5} if place.paper else {}
+            trials.append(place.backprop(rate=0.01, **sizes, **lighter))
     trials.sort(key=lambda trial: trial.panel.endswith("fair"))  # the longest first
     return Recipe(
         name="hsic-resnet",

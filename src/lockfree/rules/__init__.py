@@ -6,10 +6,17 @@ from typing import Any
 
 from lockfree.choose import choose
 from lockfree.rule import Rule
+from lockfree.rules.aug_local import AugLocal
 from lockfree.rules.backprop import Backprop
+from lockfree.rules.decoupled_greedy import DecoupledGreedy
 from lockfree.rules.direct_feedback_alignment import DirectFeedbackAlignment
+from lockfree.rules.direct_random_targets import DirectRandomTargets
 from lockfree.rules.feedback_alignment import FeedbackAlignment
 from lockfree.rules.hsic_bottleneck import HSICBottleneck
+from lockfree.rules.info_pro import InfoPro
+from lockfree.rules.local_loss import LocalLoss
+from lockfree.rules.mono_forward import MonoForward
+from lockfree.rules.sign_symmetry import SignSymmetry
 from lockfree.rules.synthetic_gradients import SyntheticGradients
 
 RULES: dict[str, Callable[..., Rule]] = {
@@ -17,8 +24,19 @@ RULES: dict[str, Callable[..., Rule]] = {
     "dni": SyntheticGradients,
     "cdni": partial(SyntheticGradients, conditioned=True),
     "fa": FeedbackAlignment,
+    "usf": SignSymmetry,
+    "brsf": partial(SignSymmetry, magnitude="batchwise"),
+    "frsf": partial(SignSymmetry, magnitude="fixed"),
     "dfa": DirectFeedbackAlignment,
+    "drtp": DirectRandomTargets,
     "hsic": HSICBottleneck,
+    "predsim": LocalLoss,
+    "pred": partial(LocalLoss, loss="pred"),
+    "sim": partial(LocalLoss, loss="sim"),
+    "mono": MonoForward,
+    "dgl": DecoupledGreedy,
+    "infopro": InfoPro,
+    "auglocal": AugLocal,
 }
 """Every rule by its command-line name."""
 
@@ -40,4 +58,19 @@ def get(name: str, **fields: Any) -> Rule:
     return choose(RULES, name, "rule")(**fields)
 
 
-__all__ = ["RULES", "Backprop", "DirectFeedbackAlignment", "FeedbackAlignment", "HSICBottleneck", "SyntheticGradients", "get"]
+__all__ = [
+    "RULES",
+    "AugLocal",
+    "Backprop",
+    "DecoupledGreedy",
+    "DirectFeedbackAlignment",
+    "DirectRandomTargets",
+    "FeedbackAlignment",
+    "HSICBottleneck",
+    "InfoPro",
+    "LocalLoss",
+    "MonoForward",
+    "SignSymmetry",
+    "SyntheticGradients",
+    "get",
+]

@@ -3,22 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lockfree.broadcast import Broadcast
 from lockfree.rule import Card, Context, Needs, Place, Rule, Site
 from lockfree.values import Credit
-
-
-class _Broadcast(nn.Module):
-    """Holds one fixed random matrix for each tensor that the block hands up."""
-
-    def __init__(self, outputs: tuple[Tensor, ...], errors: int, scale: float) -> None:
-        super().__init__()
-        for index, y in enumerate(outputs):
-            # N(0, 1) / sqrt(errors): each unit's credit has about the size of the error itself.
-            matrix = torch.randn(errors, y[0].numel(), dtype=y.dtype, device=y.device) * (scale / errors**0.5)
-            self.register_buffer(f"feedback_{index}", matrix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +15,8 @@ class DirectFeedbackAlignment(Rule):
     r"""The credit of block i is the output error times a fixed random matrix, $\delta_i = e B_i$ with $e = \partial L/\partial\hat y$.
 
     A block need not wait for the blocks above to learn, and no message travels between blocks. Within a block of several layers
-    the credit is differentiated as usual.
+    the credit is differentiated as usual. Where block and model give sequences of the same length, each place has its own error
+    and all have the same matrix.
 
     Attributes:
         scale: Standard deviation of $e B_i$ for an error of unit norm per class, above 0.
@@ -63,7 +53,7 @@ class DirectFeedbackAlignment(Rule):
         return Needs.ABOVE if place.top else Needs.ERROR
 
     def build(self, site: Site) -> nn.Module | None:
-        return None if site.place.top else _Broadcast(site.outputs, site.scores[0].numel(), self.scale)
+        return None if site.place.top else Broadcast(site.outputs, site.scores, scale=self.scale)
 
     def credit(self, context: Context) -> Credit | None:
         if context.place.top:
@@ -72,8 +62,4 @@ class DirectFeedbackAlignment(Rule):
         assert context.auxiliary is not None
         (error,) = context.error
         assert error is not None, "the loss depends on the model's output"
-        flat = error.flatten(1)
-        return tuple(
-            (flat.to(matrix.dtype) @ matrix).view_as(y)
-            for y, matrix in zip(context.outputs, context.auxiliary.buffers(), strict=True)
-        )
+        return context.auxiliary(error, context.outputs)

@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor
 
-from lockfree.chain import Block
-from lockfree.feedback import FeedbackWeights, routed
-from lockfree.rule import Card, Context, Needs, Place, Rule, Site
-from lockfree.values import Credit, Values
+from lockfree.feedback import Feedback, FeedbackRule, Fixed
+from lockfree.rule import Card
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeedbackAlignment(Rule):
+class FeedbackAlignment(FeedbackRule):
     r"""In the backward pass each layer's weight W is replaced by a fixed random B, $\partial L/\partial x := \delta B$ for $y = x W^T$.
 
     Gradients of the weights themselves are the usual ones, given that credit. B has the distribution that PyTorch initialises W
@@ -43,28 +41,5 @@ class FeedbackAlignment(Rule):
         ),
     )
 
-    def needs(self, place: Place) -> Needs:
-        return Needs.ABOVE
-
-    def build(self, site: Site) -> nn.Module | None:
-        assert isinstance(site.block, Block)
-        layers = list(site.block.layers())
-        owned = {id(parameter) for _, layer in layers for parameter in layer.parameters(recurse=False)}
-        for parameter in site.block.parameters():
-            if parameter.dim() > 1 and id(parameter) not in owned:
-                raise ValueError(
-                    f"feedback alignment cannot tell how a weight of shape {tuple(parameter.shape)} is used in block "
-                    f"{site.place.index}: a function takes it, not a layer of that block; call a layer such as nn.Linear instead"
-                )
-        return FeedbackWeights(layers, rule="feedback alignment")
-
-    def run(self, block: nn.Module, auxiliary: nn.Module | None, inputs: Values) -> Values:
-        assert isinstance(auxiliary, FeedbackWeights)
-        with routed(block, auxiliary):
-            return block(inputs)
-
-    def passes_on(self, place: Place) -> bool:
-        return True
-
-    def credit(self, context: Context) -> Credit | None:
-        return context.above
+    def feedback(self, weight: Tensor) -> Feedback:
+        return Fixed(weight)

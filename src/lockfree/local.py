@@ -1,0 +1,128 @@
+"""Rules under which each block descends a loss of its own output, found by a network of its own: what they have in common."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lockfree.rule import Context, Needs, Place, Rule, Site
+from lockfree.values import Credit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRule(Rule):
+    r"""A block learns from a loss of its own output, $\delta_i = \partial\ell_i/\partial y_i$, while the batch goes up; no message travels.
+
+    The top block learns from the user's loss. Block and auxiliary network share one backward pass of the local loss.
+
+    Attributes:
+        learning_rate: Of the auxiliary networks' Adam, above 0.
+
+    Raises:
+        ValueError: If it is not positive.
+    """
+
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
+
+    @abstractmethod
+    def network(self, site: Site) -> nn.Module:
+        """Makes the auxiliary network of one block.
+
+        Args:
+            site: Where the block stands, and what it hands up.
+        """
+
+    @abstractmethod
+    def local_loss(self, context: Context, network: Any, outputs: list[Tensor]) -> Tensor:
+        """Returns the loss of what a block has handed up, a scalar, differentiable.
+
+        Args:
+            context: What else is known of the batch.
+            network: What `network` made.
+            outputs: The tensors, shape (m, ...) each.
+        """
+
+    def needs(self, place: Place) -> Needs:
+        return Needs.ABOVE if place.top else Needs.TARGET
+
+    def passes_on(self, place: Place) -> bool:
+        return place.top
+
+    def auxiliary_needs(self, place: Place) -> Needs | None:
+        return None if place.top else Needs.TARGET
+
+    def build(self, site: Site) -> nn.Module | None:
+        if site.place.top:
+            return None
+        # An example under autocast may be of a shorter type than what the networks are made of.
+        y = site.outputs[0]
+        return self.network(site).to(y.device, torch.promote_types(y.dtype, torch.float32))
+
+    def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.learning_rate, fused=True)
+
+    def credit(self, context: Context) -> Credit | None:
+        if context.place.top:
+            return context.above
+        if not context.outputs:  # frozen up to here: there is nothing to have a gradient
+            return ()
+        assert context.auxiliary is not None
+        with torch.enable_grad():
+            leaves = [y.detach().requires_grad_() for y in context.outputs]
+            loss = self.local_loss(context, context.auxiliary, leaves)
+            wanted = [*leaves, *context.auxiliary.parameters()]
+            found = torch.autograd.grad(loss, wanted, allow_unused=True)
+        context.memo = loss.detach(), found[len(leaves) :]
+        return found[: len(leaves)]
+
+    def learn(self, context: Context) -> Tensor | None:
+        if context.memo is None:
+            return None
+        assert context.auxiliary is not None
+        loss, gradients = context.memo
+        for parameter, gradient in zip(context.auxiliary.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRule(LocalRule):
+    """A local rule with a head for each tensor that a block hands up; the block descends the sum of their losses."""
+
+    @abstractmethod
+    def head(self, site: Site, y: Tensor) -> nn.Module:
+        """Makes the head for one tensor.
+
+        Args:
+            site: Where the block stands.
+            y: An example of the tensor, shape (m, ...).
+        """
+
+    @abstractmethod
+    def head_loss(self, context: Context, head: Any, y: Tensor) -> Tensor:
+        """Returns the loss of one tensor, a scalar, differentiable.
+
+        Args:
+            context: What else is known of the batch.
+            head: What `head` made for this tensor.
+            y: The tensor, shape (m, ...).
+        """
+
+    def network(self, site: Site) -> nn.Module:
+        return nn.ModuleList(self.head(site, y) for y in site.outputs)
+
+    def local_loss(self, context: Context, network: nn.ModuleList, outputs: list[Tensor]) -> Tensor:
+        losses = [self.head_loss(context, head, y) for head, y in zip(network, outputs, strict=True)]
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def as_input_of(network: nn.Module, y: Tensor) -> Tensor:
+    """Returns y in the type that a network computes in."""
+    parameter = next(network.parameters(), None)
+    return y if parameter is None else y.to(parameter.dtype)

@@ -1,0 +1,107 @@
+"""Sign symmetry: errors travel down through weights that share only their signs with the forward ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lockfree.choose import choose
+from lockfree.feedback import Feedback, FeedbackRule, like_initial
+from lockfree.rng import seed_of
+from lockfree.rule import Card, Context
+from lockfree.values import tensors
+
+
+class _Signed(Feedback):
+    r"""$B = M \circ \mathrm{sign}\,W$ with magnitudes M that are fixed.
+
+    Args:
+        magnitude: M, of the shape of the weight, or one number for all.
+    """
+
+    def __init__(self, magnitude: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("magnitude", magnitude)
+
+    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.get_buffer("magnitude")
+
+    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
+        return weight.sign().mul_(drawn)
+
+
+class _Redrawn(Feedback):
+    """The same with magnitudes that are drawn anew for each batch."""
+
+    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+        return like_initial(weight, generator).abs_()
+
+    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
+        return weight.sign().mul_(drawn)
+
+
+def _uniform(weight: Tensor) -> Feedback:
+    # The standard deviation of what PyTorch initialises these weights with.
+    fan_in = weight[0].numel()
+    return _Signed(torch.full((), (3 * fan_in) ** -0.5, dtype=weight.dtype, device=weight.device))
+
+
+_MAGNITUDES = {
+    "uniform": _uniform,
+    "batchwise": lambda weight: _Redrawn(),
+    "fixed": lambda weight: _Signed(like_initial(weight).abs_()),
+}
+_NAMES = {"uniform": "uniform", "batchwise": "batchwise random", "fixed": "fixed random"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignSymmetry(FeedbackRule):
+    r"""In the backward pass each layer's weight W is replaced by $B = M \circ \mathrm{sign}\,W$: the signs are kept, the sizes are not.
+
+    Attributes:
+        magnitude: M. "uniform" (uSF): the standard deviation of PyTorch's initial weights, $1/\sqrt{3\,\mathrm{fan\ in}}$, everywhere;
+            "batchwise" (brSF): sizes of such weights, drawn anew for each batch; "fixed" (frSF): drawn once.
+        seed: What batchwise magnitudes are drawn from, with the numbers of block and batch.
+
+    Raises:
+        ValueError: If ``magnitude`` is misspelt, or a block holds a layer that has no feedback form; the message says how to
+            register one.
+
+    Example:
+        >>> import lockfree as lf
+        >>> lf.rules.SignSymmetry(magnitude="fixed").title
+        'Sign symmetry, fixed random magnitudes'
+
+    Reference:
+        Liao, Leibo, Poggio 2016, "How important is weight symmetry in backpropagation?", arXiv 1510.05067, section 3.
+    """
+
+    magnitude: str = "uniform"
+    seed: int = 0
+
+    card: ClassVar[Card] = Card(
+        title="Sign symmetry",
+        summary="The error travels down through weights that share only their signs with the forward ones.",
+        reference="Liao, Leibo, Poggio 2016, How important is weight symmetry in backpropagation?, arXiv 1510.05067",
+        bibtex=(
+            "@inproceedings{liao2016important, title={How Important Is Weight Symmetry in Backpropagation?}, author={Liao, Qianli and "
+            "Leibo, Joel Z. and Poggio, Tomaso}, booktitle={AAAI Conference on Artificial Intelligence}, year={2016}}"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        choose(_MAGNITUDES, self.magnitude, "magnitude")
+
+    @property
+    def title(self) -> str:
+        return f"{self.card.title}, {_NAMES[self.magnitude]} magnitudes"
+
+    def feedback(self, weight: Tensor) -> Feedback:
+        return _MAGNITUDES[self.magnitude](weight)
+
+    def generator(self, context: Context) -> torch.Generator | None:
+        if self.magnitude != "batchwise":
+            return None
+        generator = torch.Generator(tensors(context.inputs)[0].device)
+        return generator.manual_seed(seed_of(self.seed, context.place.index, context.batch))
