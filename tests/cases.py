@@ -47,6 +47,7 @@ HIDDEN = {"hidden_layers": 1, "hidden_units": 8, "kernel_size": 3}
 
 RULES = (
     RuleCase(name="backprop", make=lf.rules.Backprop, locks=ALL),
+    RuleCase(name="checkpoint", make=lf.rules.Checkpointing, locks=ALL),
     RuleCase(name="dni", make=lambda: DNI(learning_rate=0.01), locks=FORWARD),
     RuleCase(name="dni-hidden", make=lambda: DNI(hidden_layers=1, hidden_units=8, kernel_size=3), locks=FORWARD),
     RuleCase(name="dni-border", make=lambda: DNI(borders=(1,), learning_rate=0.01), locks=ALL),
@@ -129,6 +130,8 @@ class ScheduleCase:
 
     def serves(self, rule: lf.Rule, cells: int) -> bool:
         """Whether the pair is legal: without lockstep, blocks that wait must be given late messages."""
+        if self.delay and isinstance(rule, lf.rules.Checkpointing):
+            return False  # it would run blocks again with other weights
         needs = [rule.needs(lf.Place(index, cells)) for index in range(cells - 1)]
         return self.schedule == "lockstep" or self.delay > 0 or max(needs) <= lf.Needs.TARGET
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import lockfree as lf
 from lockfree import feedback
 from lockfree.feedback import FeedbackWeights, register_feedback
+from lockfree.memory import ActivationMeter
 from lockfree.rules import SyntheticGradients
 from lockfree.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from lockfree.synthesisers import Design, GradientSynthesiser
@@ -311,6 +312,31 @@ def test_targets_that_cannot_condition_are_refused_by_a_conditioned_synthesiser(
     with pytest.raises(ValueError, match=r"^a label-conditioned synthesiser needs class numbers [^\n]*$"):
         learner.step(torch.ones(8, 6), target)
     assert_same(learner.state_dict(), before)
+
+
+# ---- checkpointing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", cases.MODELS)
+@pytest.mark.parametrize("optimizer", cases.OPTIMIZERS)
+def test_checkpointing_is_backprop_and_keeps_less(model, optimizer):
+    case, after, peaks = cases.MODELS[model], [], []
+    for rule in (lf.rules.Backprop(), lf.rules.Checkpointing()):
+        learner = cases.learner_for(case, rule, optimizer=cases.OPTIMIZERS[optimizer])
+        meter = ActivationMeter(learner.model)
+        torch.manual_seed(3)
+        with meter.watch():
+            losses = [learner.step(*batch).loss for batch in case.batches(5)]
+        after.append([losses, dict(learner.model.state_dict())])
+        peaks.append(meter.peak)
+        assert meter.now == 0
+    assert_same(after[1], after[0])
+    assert peaks[1] < peaks[0]
+
+
+def test_checkpointing_refuses_late_links():
+    with pytest.raises(ValueError, match=r"^checkpointing runs blocks again .*: use links without delay, or plain backprop$"):
+        cases.learner_for(cases.MODELS["mlp"], lf.rules.Checkpointing(), schedule=cases.SCHEDULES[1])
 
 
 # ---- feedback alignment ------------------------------------------------------------------------------------------------------

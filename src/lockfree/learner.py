@@ -487,12 +487,14 @@ def _make_cells(
         objective.see(rehearsal[-1])
     cells = []
     for i, (place, block) in enumerate(zip(places, chain.blocks, strict=True)):
-        site = Site(place=place, block=block, above=chain.blocks[i + 1 :], rehearsal=rehearsal, example=example_input)
         overlapping = (Kind.LEARN, Kind.AUXILIARY, Kind.INPUT)
+        overlaps = frozenset(kind for kind in overlapping if any(plan.overlaps(i, kind) for plan in plans))
+        above, late = chain.blocks[i + 1 :], Kind.LEARN in overlaps
+        site = Site(place=place, block=block, above=above, rehearsal=rehearsal, example=example_input, late=late)
         wiring = Wiring(
             joined=(i > 0 and joins[i - 1], joins[i]),
             reports=below_wants[i] and not joins[i - 1],
-            overlaps=frozenset(kind for kind in overlapping if any(plan.overlaps(i, kind) for plan in plans)),
+            overlaps=overlaps,
             learns_early=any(plan.learns_early(i) for plan in plans),
         )
         inputs = (rule.build_inputs(site), carrying(site.inputs)) if rule.synthesises_inputs(place) else None

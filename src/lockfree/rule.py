@@ -90,6 +90,7 @@ class Site:
         above: The pieces above it, bottom to top.
         rehearsal: What each block hands up for the example batch, bottom to top; ``None`` if no example was given.
         example: The example batch itself, the network's input.
+        late: Whether the block's weights may change between its forward pass and its learning on a batch.
     """
 
     place: Place
@@ -97,6 +98,7 @@ class Site:
     above: Sequence[nn.Module] = ()
     rehearsal: Sequence[Values] | None
     example: Values | None = None
+    late: bool = False
 
     @property
     def handed_up(self) -> Values:

@@ -8,6 +8,7 @@ from lockfree.choose import choose
 from lockfree.rule import Rule
 from lockfree.rules.aug_local import AugLocal
 from lockfree.rules.backprop import Backprop
+from lockfree.rules.checkpointing import Checkpointing
 from lockfree.rules.decoupled_greedy import DecoupledGreedy
 from lockfree.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from lockfree.rules.direct_random_targets import DirectRandomTargets
@@ -21,6 +22,7 @@ from lockfree.rules.synthetic_gradients import SyntheticGradients
 
 RULES: dict[str, Callable[..., Rule]] = {
     "backprop": Backprop,
+    "checkpoint": Checkpointing,
     "dni": SyntheticGradients,
     "cdni": partial(SyntheticGradients, conditioned=True),
     "fa": FeedbackAlignment,
@@ -62,6 +64,7 @@ __all__ = [
     "RULES",
     "AugLocal",
     "Backprop",
+    "Checkpointing",
     "DecoupledGreedy",
     "DirectFeedbackAlignment",
     "DirectRandomTargets",
