@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lockfree as lf
 from lockfree.cli import main
-from lockfree.probes import PROBES, Activations, Information, Probe, View
+from lockfree.probes import PROBES, Activations, Alignment, Information, Probe, View
 
 CASE = MODELS["mlp"]
 
@@ -56,7 +56,7 @@ class Nosy(Probe):
 @pytest.mark.parametrize("every", [1, 3, None])
 def test_training_is_bit_for_bit_the_same_with_and_without_probes(rule, every):
     ends = []
-    for probes in ((), (Information(every=every), Activations(every=every), Nosy(every=2))):
+    for probes in ((), (Information(every=every), Activations(every=every), Alignment(every=every), Nosy(every=2))):
         one = learner(rule)
         torch.manual_seed(5)  # dropout draws from the global generator
         lf.Trainer(one, probes=probes, probe_data=sample()).fit(batches(5), batches(1), epochs=2)
@@ -81,7 +81,7 @@ def test_probes_look_at_the_start_and_after_every_epoch_or_every_so_many_steps(t
     trainer.fit(batches(5), epochs=2)
     lines = lf.Run.open(tmp_path / "a").metrics("probe")
     looks = {name: [line["step"] for line in lines if line["probe"] == name] for name in PROBES}
-    assert looks == {"information": [0, 5, 10], "activations": [2, 4, 6, 8, 10]}
+    assert looks == {"information": [0, 5, 10], "activations": [2, 4, 6, 8, 10], "alignment": []}
     assert [line["epoch"] for line in lines if line["probe"] == "information"] == [0, 1, 2]
 
 
@@ -184,7 +184,7 @@ def test_the_command_line_attaches_probes_and_the_report_draws_them(tmp_path, ca
             "--out",
             str(tmp_path / "a"),
             "--probe",
-            "information,activations",
+            "information,activations,alignment",
             "--json",
         ]
     )
@@ -235,3 +235,69 @@ def test_a_probe_of_several_tensors_sees_them_all():
     )  # fmt: skip
     view = View(one, torch.rand(10, 1, 4, 4), torch.zeros(10, dtype=torch.int64))
     assert [tuple(z.shape) for z in view.representations] == [(10, 12), (10, 10), (10, 3)]
+
+
+# ---- alignment ---------------------------------------------------------------------------------------------------------------
+
+
+def flat(gradients):
+    return torch.cat([gradient.double().flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "pipelined"])
+@pytest.mark.parametrize("rule", ["backprop", "fa", "dfa", "cdni", "hsic", "predsim"])
+def test_a_learner_tells_the_gradients_of_a_step_that_it_does_not_take(rule, schedule):
+    if schedule == "pipelined" and lf.rules.get(rule).needs(lf.Place(0, 4)) > lf.Needs.TARGET:
+        pytest.skip("this rule cannot run without waiting")
+    model = CASE.build()
+    one = lf.convert(
+        model, rule, loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), example_input=batches(1)[0][0],
+        schedule=schedule,
+    )  # fmt: skip
+    for batch in batches(5):
+        one.step(*batch)
+    before, random = one.state_dict(), torch.get_rng_state()
+    told = one.gradients(*sample())
+    assert json.dumps(_plain(one.state_dict())) == json.dumps(_plain(before))
+    assert torch.equal(torch.get_rng_state(), random)
+    one.drain()
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if schedule == "lockstep":
+        one.step(*sample())
+        assert told.keys() == start.keys()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(start[name] - parameter.detach(), told[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["backprop", "fa", "usf", "dfa"])
+def test_alignment_is_the_angle_between_gradients(rule):
+    one = learner(rule)
+    for batch in batches(3):
+        one.step(*batch)
+    view = View(one, *sample())
+    seen = Alignment().look(view)
+    one.model.train()
+    told, random = one.gradients(view.inputs, view.targets), torch.get_rng_state()
+    loss = F.cross_entropy(one.model(view.inputs), view.targets)
+    torch.set_rng_state(random)
+    for block, angle in zip(one.chain.blocks, seen["angles"], strict=True):
+        names = [name for name, p in one.model.named_parameters() if any(p is other for other in block.parameters())]
+        true = torch.autograd.grad(loss, [dict(one.model.named_parameters())[name] for name in names], retain_graph=True)
+        mine = flat([told[name] for name in names])
+        cosine = float(mine @ flat(true) / mine.norm() / flat(true).norm())
+        assert angle == pytest.approx(np.degrees(np.arccos(min(cosine, 1))), abs=0.1)
+    assert (max(seen["angles"]) < 0.1) == (rule == "backprop")
+    assert len(seen["weights"]) == (4 if rule in ("fa", "usf") else 0)
+    if rule == "usf":
+        weight = next(one.model.parameters()).detach().double().flatten()
+        cosine = float(weight.abs().sum() / weight.norm() / len(weight) ** 0.5)
+        assert seen["weights"][0] == pytest.approx(np.degrees(np.arccos(cosine)), abs=0.01)
+
+
+def test_alignment_is_drawn_in_the_report(tmp_path):
+    trainer = lf.Trainer(learner("fa"), run=tmp_path / "a", probes=[Alignment()], probe_data=sample())
+    trainer.fit(batches(3), epochs=1)
+    lines = lf.Run.open(tmp_path / "a").metrics("probe")
+    figure = Alignment.draw({"fa": lines, "none": [{"step": 0, "angles": [None, 3.0], "weights": []}]})
+    assert len(figure.axes) == 4
+    assert "alignment" in PROBES

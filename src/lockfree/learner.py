@@ -208,6 +208,39 @@ class Learner:
                     ) from error
                 return
 
+    def gradients(self, x: Values, y: Any) -> dict[str, Tensor]:
+        """Returns what one step on a batch would hand to the optimizer, and changes nothing.
+
+        Args:
+            x: As for `step`.
+            y: As for `step`.
+
+        Returns:
+            The rule's gradient of each parameter of the model that would be given one, by name; batches in flight play no part.
+
+        Raises:
+            ValueError: As for `step`.
+
+        Example:
+            >>> import torch, lockfree as lf
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+            >>> learner = lf.convert(model, "backprop", loss=torch.nn.functional.cross_entropy, optimizer=torch.optim.SGD)
+            >>> sorted(learner.gradients(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])))
+            ['0.bias', '0.weight', '2.bias', '2.weight']
+        """
+        state, assembly = self.state_dict(), self._assembly
+        kept = assembly.optimizer, assembly.auxiliary_optimizer
+        collector = _Collector(kept[0])
+        assembly.optimizer, assembly.auxiliary_optimizer = collector, kept[1] and _Collector(kept[1])
+        try:
+            self._clear()
+            self.step(x, y)
+            self.drain()
+        finally:
+            assembly.optimizer, assembly.auxiliary_optimizer = kept
+            self.load_state_dict(state)
+        return {name: collector.found[id(p)] for name, p in self.model.named_parameters() if id(p) in collector.found}
+
     # ---- looking -------------------------------------------------------------------------------------------------------------
 
     def predict(self, x: Values) -> Values:
@@ -322,6 +355,19 @@ class Learner:
             for name, network in (("auxiliary", cell.auxiliary), ("inputs", cell.inputs)):
                 if network is not None:
                     _same_tensors(f"auxiliary network of cell {cell.place.index}", saved.get(name, {}), network.state_dict())
+
+
+class _Collector(torch.optim.Optimizer):
+    """Takes gradients down instead of a step; ``like`` is the optimizer that it stands for."""
+
+    def __init__(self, like: torch.optim.Optimizer) -> None:
+        super().__init__([parameter for group in like.param_groups for parameter in group["params"]], {})
+        self.found: dict[int, Tensor] = {}
+
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
+        """Takes the gradients down."""
+        for group in self.param_groups:
+            self.found |= {id(p): p.grad.detach().clone() for p in group["params"] if p.grad is not None}
 
 
 @dataclass(frozen=True, slots=True)
