@@ -192,10 +192,10 @@ def test_the_command_line_attaches_probes_and_the_report_draws_them(tmp_path, ca
     for name, probe in PROBES.items():
         assert f"<h2>Probe: {name}</h2>" in page
         assert probe.said in page.replace("&#39;", "'")
-    assert len(re.findall(r'<section class="card probe"><svg [^>]*width="100%"', page)) == 2
+    assert len(re.findall(r'<section class="card probe"><svg [^>]*width="100%"', page)) == len(PROBES)
     assert not re.search(r'(src|href)="(?!https://arxiv|#|data:image)', page)  # nothing but itself
     looks = lf.Run.open(tmp_path / "a" / "hsic").metrics("probe")
-    assert [line["probe"] for line in looks] == ["information", "activations"] * 2
+    assert [line["probe"] for line in looks] == [*PROBES] * 2
     capsys.readouterr()
     plain = tmp_path / "b"
     main(["train", "--rule", "hsic", "--data", "digits", "--epochs", "1", "--out", str(plain), "--json"])
