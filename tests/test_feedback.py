@@ -3,6 +3,7 @@
 import itertools
 import re
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import cases
@@ -142,10 +143,7 @@ def test_a_convolution_of_either_direction_sends_credit_down_as_if_b_were_its_ke
     torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
     name = f"{'_transpose' if transposed else ''}{rank}d"
     kind, plain = getattr(nn, f"Conv{name.title().replace('_', '').replace('D', 'd')}"), getattr(F, f"conv{name}")
-    if transposed:
-        plain = partial(plain, **how)
-    else:
-        plain = partial(plain, **how)
+    plain = partial(plain, **how)
     layer = kind(2 * groups, 3 * groups, kernel, bias=bias, dtype=F64, **how)
     x = torch.randn(2, 2 * groups, *size, dtype=F64, requires_grad=True)
 
@@ -187,7 +185,9 @@ def test_a_layer_may_be_called_by_keyword():
     assert_serves(lambda: (layer(input=x),), layer, [x], lambda B: (through(x, layer.weight, B["weight"], layer.bias),))
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.ConvTranspose1d(4, 4, 1)], ids=lambda m: type(m).__name__
+)
 def test_an_activation_may_overwrite_what_a_layer_has_made(layer):
     weights, _ = fixed_for(layer)
     x = torch.randn(4, 4, 1) if layer.weight.dim() > 2 else torch.randn(4, 4)
@@ -668,32 +668,447 @@ def test_other_magnitudes_stay_from_batch_to_batch(magnitude):
 
 def test_batchwise_magnitudes_of_a_step_are_those_of_its_batch_also_after_a_resume():
     """x = y = 1 (the identity): the lower layer's update is -B^T, where B = M * sign(W) of the upper layer."""
-    one = torch.eye(4, dtype=F64)
-    rule = SIGN(magnitude="batchwise", seed=3)
-    learner = square_learner(rule, blocks=2)
+    one, rule = torch.eye(4, dtype=F64), SIGN(magnitude="batchwise", seed=3)
 
     def moved(learner):
-        before = learner.model[0].weight.detach().clone()
+        lower, upper = (layer.weight.detach().clone() for layer in learner.model)
         learner.step(one, one)
-        return (before - learner.model[0].weight.detach()).T
+        return (lower - learner.model[0].weight.detach()).T, upper.sign()
 
+    learner, resumed = square_learner(rule, blocks=2), square_learner(rule, blocks=2)
     drawn = [reported(learner, 1, batch).abs() for batch in range(4)]
-    for batch in range(2):
-        assert_close([moved(learner)], [drawn[batch] * learner_sign(learner, one)])
-    state = learner.state_dict()
     straight = [moved(learner) for _ in range(2)]
-    resumed = square_learner(rule, blocks=2)
+    state = learner.state_dict()
+    straight += [moved(learner) for _ in range(2)]
     resumed.load_state_dict(state)
-    assert_same([moved(resumed) for _ in range(2)], straight)
-    assert_close([B.abs() for B in straight], drawn[2:])
+    assert_same([moved(resumed) for _ in range(2)], straight[2:])
+    assert_close([B for B, _ in straight], [M * sign for M, (_, sign) in zip(drawn, straight, strict=True)])
 
 
-def learner_sign(learner, one):
-    """The upper weight's sign before the step that has just been: its update was x^T W_0^T of before, as credit is the identity."""
-    lower, upper = (layer.weight.detach() for layer in learner.model)
-    # W_0 of before cannot be read off the model, so solve: W_1 = old - h, h = W_0 old, W_0 = old_0 - B^T.
-    return (upper + learner_hidden(learner, lower)).sign()
+def test_a_layer_that_is_called_twice_has_one_matrix_in_a_batch():
+    layer = nn.Linear(4, 4, bias=False, dtype=F64)
+    weights = stand_ins(SIGN(magnitude="batchwise"), layer)
+    x = torch.randn(2, 4, 4, dtype=F64, requires_grad=True)
+    with weights.in_force(torch.Generator().manual_seed(3)):
+        y = torch.stack([layer(x[0]), layer(x[1])])
+    (at_x,) = torch.autograd.grad(y, x, torch.eye(4, dtype=F64).expand(2, 4, 4))
+    assert_same(at_x[0], at_x[1])
 
 
-def learner_hidden(learner, lower):
-    raise NotImplementedError
+# ---- what is broadcast: targets and errors ------------------------------------------------------------------------------------
+
+LENGTH = 4
+
+
+def tanh_network(*widths):
+    """Linear layers, all but the last with a tanh, a block each."""
+    layers = [nn.Linear(into, out, dtype=F64) for into, out in itertools.pairwise(widths)]
+    return nn.Sequential(*(nn.Sequential(layer, nn.Tanh()) for layer in layers[:-1]), layers[-1]), layers
+
+
+def sequence_loss(scores, y):
+    return F.cross_entropy(scores.flatten(0, -2), y.flatten())
+
+
+def first_half_squared(scores, y):
+    return 0.5 * (scores - y).square().sum() / scores[..., 0].numel()
+
+
+def one_hot(y):
+    """A row for each class number, zeros for what is ignored."""
+    return np.concatenate([np.eye(CLASSES), np.zeros((1, CLASSES))])[np.where(y.numpy() < 0, CLASSES, y.numpy())]
+
+
+def error_of(scores, y, rows):
+    """dL/dscores: (softmax - one-hot) / counted targets, none for ignored ones; or (scores - target) / targets."""
+    if y.is_floating_point():
+        return (scores - rows) / scores[..., 0].size
+    likely = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    counted = rows.sum(-1, keepdims=True)
+    return (likely - rows) * counted / counted.sum()
+
+
+TARGETS = {
+    "classes": lambda samples: torch.randint(CLASSES, (samples,)),
+    "ignored": lambda samples: torch.randint(CLASSES, (samples,)).masked_fill(torch.arange(samples) % 3 == 1, -100),
+    "sequences": lambda samples: torch.randint(CLASSES, (samples, LENGTH)),
+    "sequences ignored": lambda samples: torch.randint(CLASSES, (samples, LENGTH)).masked_fill(
+        torch.arange(samples * LENGTH).view(samples, LENGTH) % 4 == 1, -100
+    ),
+    "numbers": lambda samples: torch.randn(samples, CLASSES, dtype=F64),
+    "sequences of numbers": lambda samples: torch.randn(samples, LENGTH, CLASSES, dtype=F64),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("rule", [lf.rules.DirectRandomTargets, lf.rules.DirectFeedbackAlignment], ids=["drtp", "dfa"])
+def test_blocks_move_by_what_is_broadcast_as_numpy_says(rule, kind, scale):
+    """delta_i = (t B_i / m) * tanh'(z_i), or (e B_i) * tanh'(z_i), at each place of a sequence; the top moves by the error."""
+    samples, y = 8, TARGETS[kind](8)  # a power of two: 1 / m is exact
+    x = torch.randn(samples, *[LENGTH] * ("sequences" in kind), 3, dtype=F64)
+    model, layers = tanh_network(3, 6, 5, CLASSES)
+    loss = first_half_squared if y.is_floating_point() else sequence_loss
+    learner = lf.convert(model, rule(scale=scale), loss=loss, optimizer=descent(1.0), example_input=x[:2])
+    W = [layer.weight.detach().numpy().copy() for layer in layers]
+    b = [layer.bias.detach().numpy().copy() for layer in layers]
+    B = [next(iter(cell.auxiliary.buffers())).numpy() for cell in learner.cells[:2]]
+    assert [matrix.shape for matrix in B] == [(CLASSES, 6), (CLASSES, 5)]
+    learner.step(x, y)
+
+    rows = y.numpy() if y.is_floating_point() else one_hot(y)
+    h = [x.numpy()]
+    h += [np.tanh(h[0] @ W[0].T + b[0])]
+    h += [np.tanh(h[1] @ W[1].T + b[1])]
+    error = error_of(h[2] @ W[2].T + b[2], y, rows)
+    signal = error if rule is lf.rules.DirectFeedbackAlignment else rows / rows[..., 0].size
+    deltas = [(signal @ B[i]) * (1 - h[i + 1] ** 2) for i in (0, 1)] + [error]
+    for layer, one, other, delta, below in zip(layers, W, b, deltas, h, strict=True):
+        delta, below = delta.reshape(-1, delta.shape[-1]), below.reshape(-1, below.shape[-1])
+        np.testing.assert_allclose(one - layer.weight.detach().numpy(), delta.T @ below, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(other - layer.bias.detach().numpy(), delta.sum(0), rtol=0, atol=1e-12)
+
+
+def built(rule, y, scores):
+    """The context of a lower block, whose output and the model's are given."""
+    place = lf.Place(0, 2)
+    marked = [y.clone().requires_grad_(), scores.clone().requires_grad_()]
+    auxiliary = rule.build(lf.Site(place=place, block=nn.Identity(), rehearsal=marked))
+    return lf.Context(
+        place=place, auxiliary=auxiliary, inputs=None, outputs=(y,), samples=len(y), scores_shape=scores.shape[1:]
+    )
+
+
+@few(max_examples=15)
+@given(
+    samples=st.integers(1, 5),
+    length=st.integers(1, 4),
+    width=st.integers(1, 4),
+    classes=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_each_place_of_a_sequence_has_its_own_error_and_all_have_one_matrix(samples, length, width, classes, seed):
+    torch.manual_seed(seed)
+    y, error = torch.randn(samples, length, width, dtype=F64), torch.randn(samples, length, classes, dtype=F64)
+    rule = lf.rules.DirectFeedbackAlignment()
+    context = built(rule, y, error)
+    (B,) = context.auxiliary.buffers()
+    context.error = (error,)
+    (credit,) = rule.credit(context)
+    np.testing.assert_allclose(credit.numpy(), np.einsum("mlc,cw->mlw", error.numpy(), B.numpy()), rtol=0, atol=1e-12)
+
+
+@few(max_examples=15)
+@given(
+    samples=st.integers(1, 5), shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), classes=st.integers(1, 4),
+    length=st.integers(0, 4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_the_credit_of_a_block_is_its_targets_times_a_matrix(samples, shape, classes, length, seed):
+    """One target or a sequence of them a sample, for outputs of any shape: place by place only where the places are the same."""
+    torch.manual_seed(seed)
+    places = [length] * (length > 0)
+    y, scores = torch.randn(samples, *shape, dtype=F64), torch.randn(samples, *places, classes, dtype=F64)
+    rule = lf.rules.DirectRandomTargets()
+    context = built(rule, y, scores)
+    (B,) = context.auxiliary.buffers()
+    context.target = torch.randint(-1, classes, (samples, *places))
+    (credit,) = rule.credit(context)
+    rows = (context.target[..., None] == torch.arange(classes)).to(F64).numpy() / context.target.numel()
+    if length and len(shape) == 2 and shape[0] == length:
+        assert B.shape == (classes, shape[1])
+        expected = np.einsum("mlc,cw->mlw", rows, B.numpy())
+    else:
+        assert B.shape == (rows[0].size, y[0].numel())
+        expected = (rows.reshape(samples, -1) @ B.numpy()).reshape(y.shape)
+    np.testing.assert_allclose(credit.numpy(), expected, rtol=0, atol=1e-6)
+
+
+def test_credit_from_targets_is_as_precise_as_the_block():
+    rule, y = lf.rules.DirectRandomTargets(), torch.randn(3, 5, dtype=F64)
+    context = built(rule, y, torch.randn(3, CLASSES, dtype=F64))
+    context.target = torch.tensor([2, 0, 1])
+    (B,) = context.auxiliary.buffers()
+    assert_close(rule.credit(context), [B[[2, 0, 1]] / 3])
+
+
+def test_sequences_may_be_of_another_length_than_the_example():
+    model, _ = tanh_network(3, 6, CLASSES)
+    for rule in ("dfa", "drtp"):
+        learner = lf.convert(
+            model, rule, loss=sequence_loss, optimizer=descent(1.0), example_input=torch.randn(2, 5, 3, dtype=F64)
+        )
+        before, x, y = copy_of(model), torch.randn(4, 2, 3, dtype=F64), torch.randint(CLASSES, (4, 2))
+        (B,) = learner.cells[0].auxiliary.buffers()
+        h = np.tanh(x.numpy() @ before["0.0.weight"].numpy().T + before["0.0.bias"].numpy())
+        error = error_of(h @ before["1.weight"].numpy().T + before["1.bias"].numpy(), y, one_hot(y))
+        learner.step(x, y)
+        delta = ((error if rule == "dfa" else one_hot(y) / 8) @ B.numpy()) * (1 - h**2)
+        moved = before["0.0.bias"] - model[0][0].bias.detach()
+        np.testing.assert_allclose(moved.numpy(), delta.sum((0, 1)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.5, 4.0])
+def test_scale_is_the_size_of_what_a_matrix_makes_of_a_unit(scale):
+    for rule in (lf.rules.DirectRandomTargets(scale=scale), lf.rules.DirectFeedbackAlignment(scale=scale)):
+        context = built(rule, torch.randn(2, 2000), torch.randn(2, 25))
+        (B,) = context.auxiliary.buffers()
+        assert B.std().item() == pytest.approx(scale / 5, rel=0.02)
+        assert abs(B.mean().item()) < 5 * scale / 5 / B.numel() ** 0.5
+
+
+@pytest.mark.parametrize("rule", ["DirectRandomTargets", "DirectFeedbackAlignment"])
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_is_a_positive_number(rule, scale):
+    with pytest.raises(ValueError, match=f"scale={scale}"):
+        getattr(lf.rules, rule)(scale=scale)
+
+
+def test_a_block_learns_from_random_targets_without_anything_from_above():
+    """Other weights above, another loss: the lower blocks' updates are the same bit for bit, the top's are not."""
+    x, y = torch.randn(8, 3, dtype=F64), torch.randint(CLASSES, (8,))
+    found = []
+    for changed in (False, True):
+        torch.manual_seed(1)
+        model, layers = tanh_network(3, 6, 5, CLASSES)
+        learner = lf.convert(
+            model, "drtp", loss=F.multi_margin_loss if changed else F.cross_entropy, optimizer=descent(1.0), example_input=x
+        )
+        assert learner.locks == {"forward"}
+        if changed:
+            nn.init.normal_(layers[2].weight)
+        learner.step(x, y)
+        found.append(copy_of(model))
+    for name in ("0.0.weight", "0.0.bias", "1.0.weight", "1.0.bias"):
+        assert torch.equal(found[0][name], found[1][name])
+    assert not torch.equal(found[0]["2.bias"], found[1]["2.bias"])
+
+
+def test_ignored_targets_alone_leave_the_blocks_where_they_are():
+    model, _ = tanh_network(3, 6, CLASSES)
+    learner = lf.convert(
+        model,
+        "drtp",
+        loss=lambda scores, y: F.cross_entropy(scores, y, reduction="sum") / len(y),
+        optimizer=descent(1.0),
+        example_input=torch.randn(2, 3, dtype=F64),
+    )
+    before = copy_of(model)
+    learner.step(torch.randn(5, 3, dtype=F64), torch.full((5,), -100))
+    assert_same(copy_of(model), before)
+
+
+def test_one_real_number_a_sample_is_a_target():
+    model, layers = tanh_network(3, 6, 1)
+    x, y = torch.randn(5, 3, dtype=F64), torch.randn(5, dtype=F64)
+    learner = lf.convert(
+        model, "drtp", loss=lambda scores, y: F.mse_loss(scores[:, 0], y), optimizer=descent(1.0), example_input=x
+    )
+    W, b = layers[0].weight.detach().numpy().copy(), layers[0].bias.detach().numpy().copy()
+    learner.step(x, y)
+    (B,) = learner.cells[0].auxiliary.buffers()
+    delta = (y.numpy()[:, None] @ B.numpy() / 5) * (1 - np.tanh(x.numpy() @ W.T + b) ** 2)
+    np.testing.assert_allclose(b - layers[0].bias.detach().numpy(), delta.sum(0), rtol=0, atol=1e-12)
+
+
+def of_first(scores, y):
+    """A loss that accepts almost any targets."""
+    return scores.square().mean()
+
+
+REFUSED = {
+    "dictionary": ({"y": torch.arange(6) % CLASSES}, of_first),
+    "scalar": (torch.tensor(1), of_first),
+    "too few": (torch.arange(3) % CLASSES, of_first),
+    "three of eight": (torch.zeros(6, 3, dtype=torch.int64), of_first),
+    "out of range": (torch.arange(6) + 9, F.cross_entropy),
+    "several classes as booleans": (torch.ones(6, CLASSES, dtype=torch.bool), of_first),
+    "several classes as whole numbers": (torch.ones(6, CLASSES, dtype=torch.int64), of_first),
+    "another width": (torch.zeros(6, 3, dtype=F64), of_first),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_targets_that_cannot_stand_for_an_error_are_one_clear_error_and_teach_nothing(name):
+    target, loss = REFUSED[name]
+    x = torch.randn(6, 3, dtype=F64)
+    model, _ = tanh_network(3, 5, CLASSES)
+    learner = lf.convert(model, "drtp", loss=loss, optimizer=cases.momentum, example_input=x)
+    before = copy_of(model)
+    with pytest.raises(ValueError, match="target"):
+        learner.step(x, target)
+    assert_same(copy_of(model), before)
+    assert learner.steps == 0
+
+
+@pytest.mark.parametrize("kind", ["classes", "sequences"])
+def test_a_class_that_does_not_exist_is_an_error_also_later_on(kind):
+    x, y = torch.randn(8, *[LENGTH] * (kind == "sequences"), 3, dtype=F64), TARGETS[kind](8)
+    model, _ = tanh_network(3, 5, CLASSES)
+    learner = lf.convert(model, "drtp", loss=sequence_loss, optimizer=cases.momentum, example_input=x)
+    learner.step(x, y)
+    before = copy_of(model)
+    with pytest.raises(ValueError, match="targets"):
+        learner.step(x, y + CLASSES)
+    assert_same(copy_of(model), before)
+
+
+def test_classes_before_places_are_served_or_refused_in_words():
+    """The layout (batch, classes, length), which cross entropy takes as it is."""
+    model = nn.Sequential(nn.Sequential(nn.Conv1d(2, CLASSES, 1), nn.Tanh()), nn.Conv1d(CLASSES, CLASSES, 1))
+    x, y = torch.randn(6, 2, 5), torch.randint(CLASSES, (6, 5))
+    learner = lf.convert(model, "drtp", loss=F.cross_entropy, optimizer=cases.sgd, example_input=x)
+    assert learner.step(x, y).loss > 0
+
+
+# ---- precision and memory ----------------------------------------------------------------------------------------------------
+
+
+@given_rule
+def test_under_autocast_gradients_are_float32_and_those_without_it_but_for_rounding(rule):
+    model = every_kind()
+    x, _ = pictures(8)
+    found, layers = [], [(name, module) for name, module in model.named_modules()]
+    torch.manual_seed(4)
+    weights = FeedbackWeights(layers, make=rule.feedback, rule=rule.title)
+    credit = torch.randn(8, CLASSES)
+    for on in (False, True):
+        leaf = x.clone().requires_grad_()
+        generator = rule.generator(lf.Context(lf.Place(0, 1), None, x, (), 8))
+        with weights.in_force(generator), torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y = model(leaf)
+        assert y.dtype == (torch.bfloat16 if on else torch.float32)
+        found.append(gradients([y], [leaf, *model.parameters()], [credit.to(y.dtype)]))
+    for low, high in zip(found[1], found[0], strict=True):
+        assert low.dtype == torch.float32
+        assert (low - high).norm() <= 0.3 * high.norm() + 1e-6
+
+
+def test_under_autocast_feedback_through_the_forward_weights_is_backprop():
+    model, (x, _) = every_kind(), pictures(8)
+    weights, _ = feedback_of(model)
+    for weight, own in weights.pairs():
+        own.weights.copy_(weight.detach())
+    found = []
+    for force in (weights.in_force, nullcontext):
+        leaf = x.clone().requires_grad_()
+        with force(), torch.autocast("cpu", torch.bfloat16):
+            y = model(leaf)
+        found.append((y, *gradients([y], [leaf, *model.parameters()], [torch.ones_like(y)])))
+    for own, plain in zip(*found, strict=True):
+        assert (own - plain).norm() <= 0.01 * plain.norm() + 1e-6
+
+
+BROADCAST = {"drtp": lf.rules.DirectRandomTargets(), "dfa": lf.rules.DirectFeedbackAlignment()}
+ALL_RULES = FEEDBACK_RULES | BROADCAST
+
+
+@pytest.mark.parametrize("rule", ALL_RULES.values(), ids=ALL_RULES.keys())
+def test_a_step_under_autocast_gives_every_parameter_a_float32_gradient(rule):
+    model = every_kind()
+    x, y = pictures()
+    learner = lf.convert(model, rule, loss=F.cross_entropy, optimizer=cases.sgd, example_input=x)
+    seen = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append((p.grad.dtype, bool(p.grad.isfinite().all()))))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert learner.step(x, y).loss > 0
+    assert seen == [(torch.float32, True)] * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("rule", ALL_RULES.values(), ids=ALL_RULES.keys())
+def test_a_model_in_float64_stays_there(rule):
+    """Twice as many digits: the same step in float32 is the same but for its rounding, and not better than that."""
+    found = {}
+    for dtype in (F64, torch.float32):
+        torch.manual_seed(1)
+        model = every_kind().to(F64).to(dtype)
+        x, y = pictures(dtype=F64)
+        learner = lf.convert(model, rule, loss=F.cross_entropy, optimizer=cases.sgd, example_input=x.to(dtype))
+        copied = [buffer for cell in learner.cells if cell.auxiliary is not None for buffer in cell.auxiliary.buffers()]
+        if dtype == F64:
+            kept = [buffer.to(torch.float32).to(F64) for buffer in copied]
+        for buffer, value in zip(copied, kept, strict=True):
+            assert buffer.dtype == dtype
+            buffer.copy_(value)
+        if rule != SIGN(magnitude="batchwise"):  # other numbers are drawn in another type
+            learner.step(x.to(dtype), y)
+        found[dtype] = copy_of(model)
+    for name, value in found[F64].items():
+        assert value.dtype == F64
+        torch.testing.assert_close(value, found[torch.float32][name].to(F64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ALL_RULES.values(), ids=ALL_RULES.keys())
+def test_nothing_of_a_batch_stays_after_its_step(rule):
+    model = every_kind()
+    learner = lf.convert(model, rule, loss=F.cross_entropy, optimizer=cases.sgd, example_input=pictures()[0])
+    learner.step(*pictures())
+    alive = []
+
+    def note(module, given_, made):
+        alive.extend(weakref.ref(tensor) for tensor in (*given_, made) if isinstance(tensor, torch.Tensor))
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    x, y = pictures()
+    alive += [weakref.ref(x), weakref.ref(y)]
+    learner.step(x, y)
+    del x, y
+    for handle in handles:
+        handle.remove()
+    assert len(alive) > 20
+    assert not [one() for one in alive if one() is not None]
+
+
+# ---- models ------------------------------------------------------------------------------------------------------------------
+
+
+class VisionTransformer(nn.Module):
+    """Patches, places, two layers of attention, and a mean over patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.places = nn.Conv2d(1, 16, 4, stride=4), nn.Embedding(4, 16)
+        self.layers = nn.ModuleList([Attending(16), Attending(16)])
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        h = self.patches(x).flatten(2).transpose(1, 2) + self.places(torch.arange(4, device=x.device))
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(self.norm(h).mean(1))
+
+
+class Encoder(nn.Module):
+    """Rows of a picture as a sequence, and PyTorch's own encoder layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Linear(8, 16)
+        self.layers = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True) for _ in range(2)])
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        h = self.rows(x.squeeze(1))
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h.mean(1))
+
+
+@given_rule
+@pytest.mark.parametrize("cut", ["blocks", "one block"])
+@pytest.mark.parametrize("make", [VisionTransformer, Encoder])
+def test_a_transformer_learns(make, cut, rule):
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % CLASSES
+    model = make()
+    learner = lf.convert(
+        model,
+        rule,
+        loss=F.cross_entropy,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=5e-3),
+        blocks=["layers.0", "layers.1", "head"] if cut == "blocks" else 1,
+        example_input=x[:2],
+    )
+    losses = [learner.step(x, y).loss for _ in range(30)]
+    assert np.mean(losses[-3:]) < 0.85 * np.mean(losses[:3])
+    assert_untouched(model)

@@ -48,7 +48,7 @@ class Settings:
 
     Attributes:
         data: Data set; `lockfree data list` lists them.
-        model: Network: mlp, cnn, vgg8b or resnet20.
+        model: Network: mlp, cnn, lenet, vgg8b, resnet20 or vit.
         epochs: Passes over the training set, 0 or more.
         batch_size: Samples in a batch, 1 or more.
         optimizer: adam, or sgd (with momentum 0.9).

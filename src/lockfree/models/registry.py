@@ -5,15 +5,18 @@ from collections.abc import Callable
 from torch import nn
 
 from lockfree.choose import choose
-from lockfree.models.convolutional import cnn, vgg8b
+from lockfree.models.convolutional import cnn, lenet, vgg8b
 from lockfree.models.dense import mlp
 from lockfree.models.residual import resnet20
+from lockfree.models.transformer import vit
 
 _MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
+    "lenet": lenet,
     "vgg8b": vgg8b,
     "resnet20": resnet20,
+    "vit": vit,
 }
 
 
@@ -25,7 +28,7 @@ def names() -> tuple[str, ...]:
 
     Example:
         >>> names()
-        ('mlp', 'cnn', 'vgg8b', 'resnet20')
+        ('mlp', 'cnn', 'lenet', 'vgg8b', 'resnet20', 'vit')
     """
     return tuple(_MODELS)
 
