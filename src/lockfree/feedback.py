@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lockfree.chain import Block
 from lockfree.rule import Context, Needs, Place, Rule, Site
-from lockfree.values import Credit, Values
+from lockfree.values import Credit, Values, detach, tensors
 
 Backward = Callable[[Any, Tensor, Tensor, torch.Size], Tensor]
 """Maps (layer, feedback weights, dL/dy, shape of x) to dL/dx."""
@@ -79,7 +79,8 @@ class Fixed(Feedback):
         return drawn
 
 
-class Way(NamedTuple):
+@dataclass(frozen=True)
+class Way:
     """The way down past one weight.
 
     Attributes:
@@ -91,6 +92,11 @@ class Way(NamedTuple):
     weight: Tensor
     feedback: Feedback
     generator: torch.Generator | None
+
+    @cached_property
+    def drawn(self) -> Tensor:
+        """What is decided when the layer runs forward, once for all its calls on a batch."""
+        return self.feedback.draw(self.weight.detach(), self.generator)
 
 
 # ---- the registry ------------------------------------------------------------------------------------------------------------
@@ -132,13 +138,14 @@ def register_feedback(layer_type: type[nn.Module]) -> Callable[[Backward], Backw
     """
 
     def register(backward: Backward) -> Backward:
-        def run(layer: nn.Module, ways: Mapping[str, Way], x: Tensor, *more: Any) -> Tensor:
-            if more:
-                kind = type(layer).__name__
-                raise ValueError(
-                    f"feedback weights serve layers of one input, {kind} got {1 + len(more)}: build it from such layers"
-                )
-            y = type(layer).forward(layer, x.detach())
+        def run(layer: nn.Module, ways: Mapping[str, Way], *given: Any, **named: Any) -> Tensor:
+            if len(given) == 1 and not named:  # nearly always
+                (x,) = given
+                y = type(layer).forward(layer, x.detach())
+            else:
+                x = _only_tensor(layer, (given, named))
+                given, named = detach((given, named))
+                y = type(layer).forward(layer, *given, **named)
             return _reroute(x, y, ways["weight"], lambda *known: backward(layer, *known))
 
         _FORMS[layer_type] = _Form(run)
@@ -147,13 +154,20 @@ def register_feedback(layer_type: type[nn.Module]) -> Callable[[Backward], Backw
     return register
 
 
+def _only_tensor(layer: nn.Module, given: Any) -> Tensor:
+    inputs = tensors(given)
+    if len(inputs) != 1:
+        kind = type(layer).__name__
+        raise ValueError(f"feedback weights serve layers of one input, {kind} got {len(inputs)}: build it from such layers")
+    return inputs[0]
+
+
 def _reroute(x: Tensor, y: Tensor, way: Way, send: Callable[..., Tensor]) -> Tensor:
     """Returns y, which knows of x only that credit for it goes down by ``send(B, dL/dy, shape of x)``."""
     if not x.requires_grad:
         return y
     weight = way.weight.detach()
-    drawn = way.feedback.draw(weight, way.generator)
-    return _Reroute.apply(x, y, weight, drawn, way.feedback, send)  # pyrefly: ignore[bad-return]
+    return _Reroute.apply(x, y, weight, way.drawn, way.feedback, send)  # pyrefly: ignore[bad-return]
 
 
 class _Reroute(torch.autograd.Function):
@@ -165,7 +179,7 @@ class _Reroute(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, drawn)
         ctx.feedback, ctx.send, ctx.shape = feedback, send, x.shape
-        return y.view_as(y)
+        return y.detach()  # not a view: what comes next may overwrite it
 
     @staticmethod
     @once_differentiable
@@ -183,11 +197,15 @@ def _linear(layer: nn.Linear, feedback: Tensor, gradient: Tensor, shape: torch.S
 
 
 def _convolution(layer: Any, feedback: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or gradient.dim() < feedback.dim():
         return _by_autograd(layer, feedback, gradient, shape)
     empty = gradient.new_empty(1).expand(shape)
     wanted = [True, False, False]  # dL/dx alone
-    arguments = (layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding, layer.groups, wanted)
+    extra = layer.output_padding
+    if layer.transposed:  # a call may ask for another size of the output than the layer's own
+        sizes = zip(gradient.shape[2:], shape[2:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, strict=True)
+        extra = [out - ((into - 1) * s - 2 * p + d * (k - 1) + 1) for out, into, s, p, d, k in sizes]
+    arguments = (layer.stride, layer.padding, layer.dilation, layer.transposed, extra, layer.groups, wanted)
     return torch.ops.aten.convolution_backward(gradient, empty, feedback, None, *arguments)[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lockfree import rules
@@ -64,7 +65,10 @@ class Learner:
         self.steps = 0
         self._phases, self._phase = list(phases), phases[0]
         self._executor, self._assembly, self._same = executor, assembly, same
-        self._buffers = list(self.model.buffers())
+        # Of auxiliary networks running statistics alone: other buffers there are fixed random numbers.
+        helping = [network for cell in assembly.cells for network in (cell.auxiliary, cell.inputs) if network is not None]
+        moving = [part for network in helping for part in network.modules() if isinstance(part, _NormBase)]
+        self._buffers = [*self.model.buffers(), *(buffer for part in moving for buffer in part.buffers())]
         self._trained = Trained(self.model, tuple(chain.blocks), tuple(cell.auxiliary for cell in assembly.cells))
         self._first = 0  # batches before this one have been drained
         self._seen: set[tuple] = set()

@@ -1,11 +1,13 @@
 """Rules under which each block descends a loss of its own output, found by a network of its own: what they have in common."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lockfree.rule import Context, Needs, Place, Rule, Site
 from lockfree.values import Credit
@@ -27,7 +29,7 @@ class LocalRule(Rule):
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
 
     @abstractmethod
@@ -58,7 +60,7 @@ class LocalRule(Rule):
         return None if place.top else Needs.TARGET
 
     def build(self, site: Site) -> nn.Module | None:
-        if site.place.top:
+        if site.place.top or not site.outputs:  # what is frozen up to here has no gradient
             return None
         # An example under autocast may be of a shorter type than what the networks are made of.
         y = site.outputs[0]
@@ -76,7 +78,7 @@ class LocalRule(Rule):
         with torch.enable_grad():
             leaves = [y.detach().requires_grad_() for y in context.outputs]
             loss = self.local_loss(context, context.auxiliary, leaves)
-            wanted = [*leaves, *context.auxiliary.parameters()]
+            wanted = [*leaves, *_learning(context.auxiliary)]
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
         context.memo = loss.detach(), found[len(leaves) :]
         return found[: len(leaves)]
@@ -86,7 +88,7 @@ class LocalRule(Rule):
             return None
         assert context.auxiliary is not None
         loss, gradients = context.memo
-        for parameter, gradient in zip(context.auxiliary.parameters(), gradients, strict=True):
+        for parameter, gradient in zip(_learning(context.auxiliary), gradients, strict=True):
             parameter.grad = gradient
         return loss
 
@@ -120,6 +122,28 @@ class HeadRule(LocalRule):
     def local_loss(self, context: Context, network: nn.ModuleList, outputs: list[Tensor]) -> Tensor:
         losses = [self.head_loss(context, head, y) for head, y in zip(network, outputs, strict=True)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def _learning(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+class _OfFewValues(nn.modules.batchnorm._NormBase):
+    """Normalises by the running statistics where a channel has a single value, and so none of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            mean, variance = self.running_mean, self.running_var
+            return F.batch_norm(input, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
+        return super().forward(input)
+
+
+class BatchNorm1d(_OfFewValues, nn.BatchNorm1d):
+    """For auxiliary networks: takes a single sample, too."""
+
+
+class BatchNorm2d(_OfFewValues, nn.BatchNorm2d):
+    """For auxiliary networks: takes a single value a channel, too."""
 
 
 def as_input_of(network: nn.Module, y: Tensor) -> Tensor:

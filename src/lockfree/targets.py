@@ -28,10 +28,17 @@ def target_rows(context: Context, *, wanted_by: str) -> Tensor:
         raise ValueError(
             f"{wanted_by} wants targets along the first dimension, ({context.samples}, ...), they are {describe(target)}"
         )
+    shape, places = context.scores_shape, target.shape[1:]
     if target.is_floating_point():
-        return target
-    if context.scores_shape is None or context.scores_shape.numel() % max(target[0].numel(), 1):
+        if shape is not None and target[0].numel() != shape.numel():
+            raise ValueError(f"{wanted_by} wants a real number for each score: the targets are {describe(target)}")
+        return target if places else target[:, None]
+    several = target.dtype == torch.bool or places == shape
+    if several or shape is None or shape.numel() % max(target[0].numel(), 1):
         raise ValueError(f"{wanted_by} wants class scores for each target: the targets are {describe(target)}")
-    classes = context.scores_shape.numel() // target[0].numel()
+    classes = shape.numel() // target[0].numel()
     rows = F.one_hot(target.long().clamp(0, classes - 1), classes)
-    return rows.masked_fill_((target < 0)[..., None], 0).to(torch.get_default_dtype())
+    rows.masked_fill_((target < 0)[..., None], 0)
+    if places and shape == (classes, *places) != (*places, classes):
+        rows = rows.movedim(-1, 1)  # in the layout of the scores
+    return rows.to(torch.get_default_dtype())

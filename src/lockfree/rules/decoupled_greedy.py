@@ -7,28 +7,15 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lockfree.local import HeadRule, as_input_of
+from lockfree.local import BatchNorm1d, BatchNorm2d, HeadRule, as_input_of
 from lockfree.rule import Card, Context, Site
 from lockfree.values import by_place
-
-
-class _BatchNorm1d(nn.BatchNorm1d):
-    """Normalises by the running statistics where a single sample has none of its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and len(input) == 1:
-            self.eval()
-            try:
-                return super().forward(input)
-            finally:
-                self.train()
-        return super().forward(input)
 
 
 def _perceptron(widths: list[int], *, normalised: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for into, out in pairwise(widths[:-1]):
-        layers += [nn.Linear(into, out), *([_BatchNorm1d(out)] if normalised else []), nn.ReLU()]
+        layers += [nn.Linear(into, out), *([BatchNorm1d(out)] if normalised else []), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
@@ -87,7 +74,7 @@ class DecoupledGreedy(HeadRule):
             channels, height, breadth = y.shape[1:]
             layers.append(nn.AdaptiveAvgPool2d((math.ceil(height / 4), math.ceil(breadth / 4))))
             for _ in range(self.convolutions):
-                layers += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+                layers += [nn.Conv2d(channels, channels, 1, bias=False), BatchNorm2d(channels), nn.ReLU()]
             layers.append(nn.AdaptiveAvgPool2d((min(2, height), min(2, breadth))))
             width = channels * min(2, height) * min(2, breadth)
         perceptron = _perceptron([width] * (1 + self.hidden) + [scores[0].numel()], normalised=True)

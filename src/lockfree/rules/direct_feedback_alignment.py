@@ -46,7 +46,7 @@ class DirectFeedbackAlignment(Rule):
     )
 
     def __post_init__(self) -> None:
-        if self.scale <= 0:
+        if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale}: random feedback must have a positive size")
 
     def needs(self, place: Place) -> Needs:

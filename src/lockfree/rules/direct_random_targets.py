@@ -51,7 +51,7 @@ class DirectRandomTargets(Rule):
     )
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
+        if not 0 < self.scale < float("inf"):
             raise ValueError(f"scale={self.scale}: random feedback must have a positive size")
 
     def needs(self, place: Place) -> Needs:
@@ -69,6 +69,8 @@ class DirectRandomTargets(Rule):
         assert context.auxiliary is not None
         key = "random targets"
         if key not in context.shared:
-            rows = target_rows(context, wanted_by=self.card.title)
-            context.shared[key] = rows / (rows.numel() // rows.shape[-1])
-        return context.auxiliary(context.shared[key], context.outputs)
+            context.shared[key] = target_rows(context, wanted_by=self.card.title)
+        rows, target = context.shared[key], context.target
+        places = rows.shape[:-1].numel() if rows.dim() == 3 else context.samples
+        count = places if target.is_floating_point() else target.numel()
+        return tuple(share / count for share in context.auxiliary(rows, context.outputs))  # divided in the block's own type

@@ -1,5 +1,6 @@
 """InfoPro: each block keeps what it needs of the input, and tells the classes apart."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree.choose import choose
-from lockfree.local import HeadRule, as_input_of
+from lockfree.local import BatchNorm2d, HeadRule, as_input_of
 from lockfree.rule import Card, Context, Place, Site
 from lockfree.values import by_place, tensors
 
@@ -31,7 +32,7 @@ class _ImageDecoder(nn.Module):
         super().__init__()
         self._size = tuple(source[1:])
         self.layers = nn.Sequential(
-            nn.Conv2d(channels, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, source[0], 3, padding=1)
+            nn.Conv2d(channels, 12, 3, padding=1), BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, source[0], 3, padding=1)
         )
 
     def forward(self, y: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def _task(y: Tensor, out: torch.Size, width: int) -> nn.Module:
     into = y[0].numel()
     if y.dim() == 4:
         channels = y.shape[1]
-        layers = [nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+        layers = [nn.Conv2d(channels, channels, 3, padding=1), BatchNorm2d(channels), nn.ReLU()]
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         into = channels
     return nn.Sequential(*layers, nn.Linear(into, width), nn.ReLU(), nn.Linear(width, out.numel()), nn.Unflatten(1, out))
@@ -113,9 +114,9 @@ class InfoPro(HeadRule):
         super().__post_init__()
         for name in ("reconstruction", "supervision"):
             ends = getattr(self, name)
-            if len(ends) != 2 or min(ends) < 0:
+            if len(ends) != 2 or not all(0 <= end < math.inf for end in ends):
                 raise ValueError(f"{name}={ends}: give two numbers, 0 or more, of the first and of the last local block")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature}: give a number above 0")
         if self.width < 1:
             raise ValueError(f"width={self.width}: give 1 or more")

@@ -110,8 +110,16 @@ class LocalLoss(HeadRule):
         """Returns S of the targets, made once a batch."""
         key = f"similarity of targets {head.by_place}"
         if key not in context.shared:
-            context.shared[key] = similarity(self._rows(target_rows(context, wanted_by=self.title), head))
+            context.shared[key] = similarity(self._rows(self._targets(context), head))
         return context.shared[key]
+
+    def _targets(self, context: Context) -> Tensor:
+        """Returns what S is taken of: a row for each sample, or for each place."""
+        rows = target_rows(context, wanted_by=self.title)
+        if not context.target.is_floating_point():
+            return rows.double() if rows.dim() == 3 else rows.double().flatten(1)  # a map of labels is no image
+        assert context.scores_shape is not None
+        return rows.view(len(rows), *context.scores_shape)
 
     def _rows(self, x: Tensor, head: _LocalHeads) -> Tensor:
         if not head.by_place:
