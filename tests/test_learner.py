@@ -15,6 +15,13 @@ import lockfree as lf
 from lockfree.values import tensors
 
 RULES = list(lf.rules.RULES)
+LINKS = {"direct": None, "late": lf.Link(delay=1)}
+RULES_AND_LINKS = [  # checkpointing runs blocks again, so it cannot be late
+    pytest.param(rule, link, id=f"{rule}-{name}")
+    for rule in RULES
+    for name, link in LINKS.items()
+    if (rule, name) != ("checkpoint", "late")
+]
 
 
 def sgd(parameters):
@@ -91,7 +98,7 @@ def test_the_signature_of_convert_is_fixed():
 
 
 def test_the_names_of_the_rules_are_fixed():
-    assert RULES[:5] == ["backprop", "dni", "cdni", "fa", "dfa"]
+    assert {"backprop", "dni", "cdni", "hsic", "fa", "dfa"} < set(RULES)
     assert lf.rules.get("backprop") == lf.rules.Backprop()
     assert lf.rules.get("dni") == lf.rules.SyntheticGradients()
     assert lf.rules.get("cdni") == lf.rules.SyntheticGradients(conditioned=True)
@@ -411,7 +418,7 @@ def test_divergence_in_a_pipeline_leaves_nothing_in_flight(schedule):
 # ---- bad arguments -----------------------------------------------------------------------------------------------------------
 
 ARGUMENTS = {
-    "unknown rule": ({"rule": "dnl"}, ValueError, r"^unknown rule 'dnl': did you mean 'dni'\? Choose from backprop, dni"),
+    "unknown rule": ({"rule": "dnl"}, ValueError, r"^unknown rule 'dnl': did you mean 'dni'\? Choose from backprop, "),
     "rule of another kind": ({"rule": 3}, TypeError, r"^rule must be a rule such as .* got 3$"),
     "rule class": ({"rule": lf.rules.Backprop}, TypeError, r"^rule must be a rule such as"),
     "unknown schedule": ({"schedule": "lockstop"}, ValueError, r"^unknown schedule 'lockstop': did you mean 'lockstep'\?"),
@@ -538,7 +545,7 @@ def test_a_state_of_another_kind_is_refused_and_nothing_changes(rule):
     others = {
         "of another rule": learner_of("backprop" if rule != "backprop" else "fa").state_dict(),
         "of another cut": learner_of(rule, blocks=2).state_dict(),
-        "of another schedule": learner_of(rule, links=lf.Link(delay=1)).state_dict(),
+        "of another schedule": learner_of(rule, links=lf.Link(delay=1)).state_dict() if rule != "checkpoint" else None,
         "not a learner's state: it lacks cells, flights, links, of, optimizer, rng": {"model": {}},
     }
     wide = nn.Sequential(
@@ -546,6 +553,8 @@ def test_a_state_of_another_kind_is_refused_and_nothing_changes(rule):
     )
     others[r"of another model: '0\.bias' is float32 \(9,\) there and float32 \(8,\) here"] = learner_of(rule, wide).state_dict()
     for message, state in others.items():
+        if state is None:  # this rule has no other schedule
+            continue
         with pytest.raises(ValueError, match=message) as error:
             learner.load_state_dict(state)
         assert "\n" not in str(error.value)
@@ -555,8 +564,7 @@ def test_a_state_of_another_kind_is_refused_and_nothing_changes(rule):
 # ---- unusual models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("links", [None, lf.Link(delay=1)], ids=["direct", "late"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "links"), RULES_AND_LINKS)
 def test_frozen_lower_layers_stay_as_they_are(rule, links):
     model = network()
     model[0].requires_grad_(False)
@@ -596,8 +604,7 @@ class Tied(nn.Module):
         return self.decode(torch.tanh(self.middle(torch.tanh(self.encode(x)))))
 
 
-@pytest.mark.parametrize("links", [None, lf.Link(delay=1)], ids=["direct", "late"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("rule", "links"), RULES_AND_LINKS)
 def test_tied_weights_stay_tied_and_learn(rule, links):
     torch.manual_seed(0)
     model = Tied()
@@ -727,7 +734,12 @@ def test_images_in_channels_last_order_are_the_same_to_every_rule(rule):
         model = nn.Sequential(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(180, 4))).to(memory_format=order)
         batch = x.to(memory_format=order)
         learner = lf.convert(
-            model, rule, loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), example_input=batch
+            model,
+            rule,
+            loss=F.cross_entropy,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+            example_input=batch,
+            auxiliary_optimizer=lambda p: torch.optim.SGD(p, lr=0.1),  # Adam makes much of rounding in its first steps
         )
         losses.append([learner.step(batch, y).loss for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

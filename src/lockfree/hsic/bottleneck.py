@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lockfree.hsic.estimators import Side, check_epsilon, ridged_factor, smoother
+from lockfree.hsic.estimators import IndefiniteError, Side, check_epsilon, ridged_factor, smoother
 from lockfree.hsic.kernels import Gram, Kernel, Samples, centred
 
 
@@ -65,6 +65,15 @@ class _CentredHSIC(Bottleneck):
         r"""Returns $dL/d\phi$ of a block's centred features, $K = \phi\phi^T$: the primal form of `weights`."""
 
     def gradient(self, kernel: Kernel, z: Samples, constants: Gram) -> Samples:
+        try:
+            return self._gradient(kernel, z, constants)
+        except IndefiniteError:
+            if z.dtype == torch.float64:
+                raise
+        # Distances between samples that are near each other and far from the rest: their digits are lost in float32.
+        return self._gradient(kernel, z.double(), constants.double()).to(z.dtype)
+
+    def _gradient(self, kernel: Kernel, z: Samples, constants: Gram) -> Samples:
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             side = Side(kernel, leaf)

@@ -302,17 +302,23 @@ def _primal_trace(a: Tensor, b: Tensor, ridge: float) -> Tensor:
     return (left * right.T).sum()
 
 
+class IndefiniteError(ValueError):
+    """Rounding has made a kernel matrix indefinite by more than its ridge."""
+
+
 def ridged_factor(gram: Gram, ridge: float) -> Gram:
     """Returns the Cholesky factor of a positive matrix plus a ridge.
 
     Raises:
-        ValueError: If rounding has made it indefinite.
+        IndefiniteError: If rounding has made it indefinite.
     """
     raised = gram.clone()
     raised.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(raised)
     if failed:
-        raise ValueError("a kernel matrix could not be factorised: raise epsilon, or pass float64")
+        raise IndefiniteError(
+            "a kernel matrix could not be factorised: raise epsilon, or look for values that are far too large"
+        )
     return factor
 
 
@@ -372,7 +378,13 @@ def _measured(
         ]
         return torch.stack(found).mean()
 
-    return _Exact.apply(mean_of_blocks, *(one.to(dtype) for one in rows))  # pyrefly: ignore[bad-return]
+    try:
+        return _Exact.apply(mean_of_blocks, *(one.to(dtype) for one in rows))  # pyrefly: ignore[bad-return]
+    except IndefiniteError:
+        if dtype == torch.float64:
+            raise
+    # Distances between samples that are near each other and far from the rest: their digits are lost in float32.
+    return _Exact.apply(mean_of_blocks, *(one.double() for one in rows)).to(dtype)  # pyrefly: ignore[missing-attribute]
 
 
 class _Exact(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from lockfree import models, rules
 from lockfree.data import Dataset, Split, TensorLoader
 from lockfree.experiment import load_once
 from lockfree.learner import Learner, convert
+from lockfree.objective import Diverged
 from lockfree.readouts import order_on_evaluated
 from lockfree.rng import undisturbed
 from lockfree.run import Run
@@ -146,6 +148,8 @@ class Trial:
     def run(self, folder: Path, device: str = "cpu") -> dict[str, Any]:
         """Trains, or goes on from the last checkpoint in the folder, and returns errors in per cent and seconds.
 
+        Training that breaks with a value that is not finite counts with the weights that it broke at.
+
         Args:
             folder: Run folder of the trial.
             device: Where to train.
@@ -182,13 +186,18 @@ class Trial:
 
         sinks = [read] if self.x is None else []
         trainer = Trainer(learner, run=run, resume=resume, scheduler=schedulers, log_every=100, sinks=sinks)
-        summary = trainer.fit(loader, epochs=epochs)
+        started, diverged = time.perf_counter(), None
+        try:
+            seconds = trainer.fit(loader, epochs=epochs).seconds
+        except Diverged as error:  # a result like others: this method does not train this network at this rate
+            seconds, diverged = time.perf_counter() - started, str(error)
         seen = Split(*(part[:10_000] for part in train))
         errors: dict[str, Any] = {"test_error": self._error(learner, dataset.test), "train_error": self._error(learner, seen)}
         if self.x is None:
             readings = [line["test_error"] for line in run.metrics() if line["kind"] == "reading"]
+            readings += [errors["test_error"]] * (epochs - len(readings))
             errors["curve"] = readings[self.hidden_epochs :]
-        result = {**errors, "steps": summary.steps, "seconds": summary.seconds, "locks": sorted(learner.locks)}
+        result = {**errors, "steps": learner.steps, "seconds": seconds, "locks": sorted(learner.locks), "diverged": diverged}
         run.finish(result)
         return result
 

@@ -60,6 +60,14 @@ def _adapt(given: torch.Size, wanted: torch.Size) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(given.numel(), wanted.numel()), nn.Unflatten(1, wanted))
 
 
+def _without_dropout(network: nn.Module) -> nn.Module:
+    """Takes dropout out of a copy, which would move the random numbers of the user's model."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    return network
+
+
 class _Shortcut(nn.Module):
     """Copies of blocks from above, joined by adapters."""
 
@@ -71,7 +79,7 @@ class _Shortcut(nn.Module):
             block = site.above[index - site.place.index - 1]
             assert isinstance(block, Block)
             self.adapters.append(_Adapter(given, site.handed_to(index), block.name))
-            self.copies.append(block.copy())
+            self.copies.append(_without_dropout(block.copy()))
             if index + 1 < site.place.count:
                 given = tensors(site.handed_to(index + 1))
 
