@@ -29,6 +29,8 @@ from lockfree.hsic import (
     hsic,
     nhsic,
 )
+from lockfree.hsic.estimators import IndefiniteError, ridged_factor
+from lockfree.hsic.kernels import centred
 from lockfree.precision import exact_products
 
 F32, F64 = torch.float32, torch.float64
@@ -781,3 +783,21 @@ def test_all_zero_samples_have_no_angle():
 
 def test_landmarks_of_samples_that_are_all_zero_give_the_kernel_0():
     assert hsic(torch.zeros(6, 3), GOOD, kernel_x=Nystrom(Linear())) == 0
+
+
+@pytest.mark.parametrize("far", [1e4, 1e5])
+def test_a_few_samples_far_from_the_rest_are_seen_in_float64(far):
+    """The digits of the distances between the others are lost in float32, and with them the kernel's positiveness."""
+    x, y = (one.float() for one in pair(0, 64, 8, 3))
+    x[:4] += far
+    with pytest.raises(IndefiniteError):
+        ridged_factor(centred(Gaussian(1.0).contrast(x)), 64e-5)
+    found = nhsic(x, y, sigma_x=1.0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), nhsic(x.double(), y.double(), sigma_x=1.0), rtol=1e-5, atol=0)
+    objective, kernel = NormalisedHSIC(balance=3.0), Gaussian(1.0)
+    constants = objective.constants(*(kernel.contrast(y.double()),) * 2)
+    gradient = objective.gradient(kernel, x, constants.float())
+    assert gradient.dtype == torch.float32
+    exact = objective.gradient(kernel, x.double(), constants)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-2, atol=1e-4 * float(exact.abs().max()))

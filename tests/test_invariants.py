@@ -16,6 +16,7 @@ import lockfree as lf
 from lockfree import checkpoint
 from lockfree.memory import ActivationMeter
 from lockfree.schedule import Kind
+from lockfree.stash import Stash
 
 MLP = MODELS["mlp"]
 BY_NAME = {case.name: case for case in RULES}
@@ -812,6 +813,26 @@ def test_a_critic_keeps_its_predictions_until_the_loss_is_known_and_no_activatio
     batch, hidden, units = 64, cases.HIDDEN["hidden_units"], 32
     floats = units + cases.CLASSES + 4 * hidden + units
     assert 0 < border <= 4 * batch * floats + 64
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_graph_that_nobody_differentiates_is_freed(overlaps):
+    """Operations that save their own result must not keep themselves alive through what packed it."""
+    network = nn.Linear(3, 3)
+    meter, stash = ActivationMeter(network), Stash(network)
+
+    def run():
+        return network(torch.randn(4, 3)).exp()
+
+    with meter.watch():
+        if overlaps:
+            with stash.record() as call:
+                run()
+            stash.release(call)
+        else:
+            run()
+    assert meter.peak > 0
+    assert meter.now == 0
 
 
 def test_peak_memory_of_backprop_grows_linearly():
