@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lockfree.balance import balanced_names
 from lockfree.cut import CannotCutError, Piece, ancestors, cut, names_for
+from lockfree.recompute import run_in_parts
 from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.values import Values, as_leaves, clone, detach, tensors
 
@@ -64,8 +65,9 @@ class Block(nn.Module):
         name: The module that the block begins with, as the user's model calls it.
     """
 
-    def __init__(self, index: int, model: nn.Module, forms: _Forms) -> None:
+    def __init__(self, index: int, model: nn.Module, forms: _Forms, *, recompute: bool = False) -> None:
         super().__init__()
+        self._recompute = recompute
         pieces = [pieces[index] for pieces in forms.all()]
         self.name = pieces[0].name
         self._bodies = nn.ModuleList(piece.body for piece in pieces)  # so that the block's parameters are found
@@ -81,7 +83,10 @@ class Block(nn.Module):
         return self._call(clone(values) if self._mutates[mode] else values)
 
     def _call(self, values: Values) -> Values:
-        return _run(self._forms.now()[self._index], values)
+        piece = self._forms.now()[self._index]
+        if self._recompute and torch.is_grad_enabled():
+            return run_in_parts(piece.body, *((values,) if piece.takes == 1 else values))
+        return _run(piece, values)
 
     def _first_call(self, mode: tuple[bool, ...], values: Values) -> Values:
         """Finds out whether the block changes its input in place; what crosses a border is shared with the block below."""
@@ -140,6 +145,7 @@ class Chain:
             only joins the one before it). A list of module names: a new block begins at each. A number K: K pieces whose saved
             activations take about the same memory.
         example_input: A small batch; needed for a number of blocks.
+        recompute: Whether blocks run again, part by part, when they are differentiated, instead of keeping their activations.
 
     Raises:
         CannotCutError: If the model cannot be cut there; the message names the line and the way out.
@@ -151,9 +157,14 @@ class Chain:
     """
 
     def __init__(
-        self, model: nn.Module, blocks: int | Sequence[str] | None = None, *, example_input: Values | None = None
+        self,
+        model: nn.Module,
+        blocks: int | Sequence[str] | None = None,
+        *,
+        example_input: Values | None = None,
+        recompute: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.recompute = model, recompute
         if isinstance(blocks, str):
             raise TypeError(f"blocks={blocks!r} is one name: pass a list of names, blocks=[{blocks!r}]")
         if isinstance(blocks, int):
@@ -163,7 +174,7 @@ class Chain:
         else:
             names = names_for(model, blocks)
         forms = _Forms(model, names, strict=isinstance(blocks, Sequence))
-        self.blocks = [Block(index, model, forms) for index in range(len(forms.now()))]
+        self.blocks = [Block(index, model, forms, recompute=recompute) for index in range(len(forms.now()))]
 
     def __len__(self) -> int:
         return len(self.blocks)

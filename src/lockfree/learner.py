@@ -428,6 +428,7 @@ def convert(
     executor: str = "sequential",
     links: Link | Sequence[Link] | None = None,
     auxiliary_optimizer: OptimizerFactory | None = None,
+    recompute: bool = False,
 ) -> Learner:
     """Makes a learner out of any model and a rule; the model stays the user's own and is trained in place.
 
@@ -445,6 +446,8 @@ def convert(
         executor: ``"sequential"``.
         links: One `Link` for all borders, or a list bottom to top; direct ones if left out.
         auxiliary_optimizer: Like ``optimizer``, for the auxiliary networks; the rule's own choice if left out.
+        recompute: Whether each block runs again, part by part, when it learns, instead of keeping its activations (gradient
+            checkpointing inside of blocks): the same numbers, less memory, up to one more forward pass.
 
     Returns:
         The learner.
@@ -475,12 +478,14 @@ def convert(
         raise TypeError(f"optimizer must be a function such as lambda params: torch.optim.SGD(params, lr=0.1), got {kind}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    chain = Chain(model, blocks, example_input=example_input)
+    chain = Chain(model, blocks, example_input=example_input, recompute=recompute)
     trained = _trained(model)
     if not trained:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
     all_links = links_between(len(chain), links)
     phases = [Phase(start, one, _plan(one, len(chain), schedule, all_links)) for start, one in rule.phases()]
+    if recompute and any(type(phase.rule).run is not Rule.run for phase in phases):
+        raise ValueError(f"{rule.title} runs blocks in a way of its own, which recompute would not repeat: leave recompute out")
     objective = Objective(loss)
     cells = _make_cells(chain, rule, objective, phases, example_input)
     networks = [network for cell in cells for network in (cell.auxiliary, cell.inputs) if network is not None]
@@ -540,6 +545,10 @@ def _make_cells(
         overlapping = (Kind.LEARN, Kind.AUXILIARY, Kind.INPUT)
         overlaps = frozenset(kind for kind in overlapping if any(plan.overlaps(i, kind) for plan in plans))
         above, late = chain.blocks[i + 1 :], Kind.LEARN in overlaps
+        if chain.recompute and late:
+            raise ValueError(
+                "recompute runs blocks again with their present weights, which late links would have changed: use links without delay"
+            )
         site = Site(place=place, block=block, above=above, rehearsal=rehearsal, example=example_input, late=late)
         wiring = Wiring(
             joined=(i > 0 and joins[i - 1], joins[i]),

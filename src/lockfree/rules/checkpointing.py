@@ -1,14 +1,11 @@
 """Backpropagation with gradient checkpointing: blocks run again on the way down instead of keeping their activations."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from lockfree.recompute import recomputed
 from lockfree.rule import Card, Context, Needs, Place, Rule, Site
 from lockfree.values import Credit, Values
 
@@ -58,25 +55,9 @@ class Checkpointing(Rule):
         return None
 
     def run(self, block: nn.Module, context: Context) -> Values:
-        if context.place.top or not torch.is_grad_enabled():  # the top block's activations are needed at once
+        if context.place.top:  # its activations are needed at once
             return block(context.inputs)
-        return checkpoint(block, context.inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _buffers_kept(block)))
+        return recomputed(block, block, context.inputs)
 
     def credit(self, context: Context) -> Credit | None:
         return context.above
-
-
-def _buffers_kept(block: nn.Module) -> AbstractContextManager[None]:
-    """Lets a block run without a trace on its running statistics."""
-
-    @contextmanager
-    def kept() -> Iterator[None]:
-        before = [(buffer, buffer.clone()) for buffer in block.buffers()]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
-
-    return kept()
