@@ -168,10 +168,17 @@ def test_rules(call):
     assert (code, err) == (0, "")
     rows = {row["rule"]: row for row in json.loads(out)["rules"]}
     assert list(rows) == list(RULES)
-    assert {name: row["needs"] for name, row in rows.items()} == {
-        **{"backprop": "ABOVE", "dni": "NOTHING", "cdni": "TARGET", "fa": "ABOVE", "dfa": "ERROR"},
-        **{name: row["needs"] for name, row in list(rows.items())[5:]},
+    needs = {name: row["needs"] for name, row in rows.items()}
+    known = {
+        "backprop": "ABOVE",
+        "dni": "NOTHING",
+        "cdni": "TARGET",
+        "fa": "ABOVE",
+        "usf": "ABOVE",
+        "dfa": "ERROR",
+        "pred": "TARGET",
     }
+    assert needs | known == needs
     assert rows["dfa"]["locks"] == ["forward", "update"]
     table = call("rules")[1].splitlines()
     assert [line.split()[0] for line in table[1:]] == list(RULES)

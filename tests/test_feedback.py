@@ -489,7 +489,7 @@ def matrices_of(rule, layer, *, seed=0):
     if rule == SIGN():
         return (layer.weight.sign() * (bound / 3**0.5),)
     generator = torch.Generator().manual_seed(seed) if rule == SIGN(magnitude="batchwise") else None
-    drawn = torch.empty_like(layer.weight).detach().uniform_(-bound, bound, generator=generator)
+    drawn = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator).double()  # in any precision the same
     return (drawn if isinstance(rule, lf.rules.FeedbackAlignment) else drawn.abs() * layer.weight.sign(),)
 
 

@@ -309,6 +309,8 @@ def test_an_interrupted_fit_goes_on_bit_identically(tmp_path, make, scheduled, s
 @pytest.mark.parametrize("rule", list(lf.rules.RULES))
 @pytest.mark.parametrize("settings", [{}, {"links": lf.Link(delay=1)}], ids=["direct", "late"])
 def test_an_interrupted_fit_goes_on_under_every_rule(tmp_path, rule, settings):
+    if settings and rule == "checkpoint":
+        pytest.skip("this rule cannot run with late links")
     undisturbed = fit(tmp_path / "a", tensor_loader, rule, **settings)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "b", tensor_loader, rule, sinks=[Recorder(("step", 8))], **settings)

@@ -56,9 +56,9 @@ def like_initial(weight: Tensor, generator: torch.Generator | None = None) -> Te
         weight: Tells shape, type and device.
         generator: What to draw from; the global one if ``None``.
     """
-    # In the usual memory order, so that what is drawn does not depend on the weight's.
-    drawn = torch.empty_like(weight, requires_grad=False, memory_format=torch.contiguous_format)
-    return nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+    # What is drawn does not depend on the weight's memory order or precision.
+    drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    return nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator).to(weight.dtype)
 
 
 class Fixed(Feedback):

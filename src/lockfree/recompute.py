@@ -40,7 +40,7 @@ def recomputed(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs
         return call(*args, **kwargs)
 
     def contexts() -> tuple[Any, Any]:
-        return nullcontext(), _buffers_kept(module)
+        return nullcontext(), _leaving_no_trace(module)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # What is kept for the second run must not be overwritten by the first.
@@ -51,7 +51,7 @@ def recomputed(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs
 
 
 @contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
+def _leaving_no_trace(module: nn.Module) -> Iterator[None]:
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield
@@ -59,6 +59,7 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in before:
                 buffer.copy_(value)
+        torch.clear_autocast_cache()  # weights change before the next forward pass, which must not find copies of these
 
 
 def run_in_parts(body: nn.Module, *values: Any) -> Any:
