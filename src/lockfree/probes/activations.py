@@ -81,8 +81,8 @@ class Activations(Probe):
             means = [one or [math.nan] * units for one in last["class_means"]]
             image = right.imshow(means, aspect="auto", cmap="viridis", interpolation="nearest")
             right.set(xlabel="unit", ylabel="class")
-            right.xaxis.get_major_locator().set_params(integer=True)
-            right.yaxis.get_major_locator().set_params(integer=True)
+            right.set_xticks(range(0, units, -(-units // 10)))
+            right.set_yticks(range(0, len(means), -(-len(means) // 10)))
             figure.colorbar(image, ax=right)
         axes[0][0].set_title("distribution by class", fontsize=10)
         axes[0][1].set_title("mean by class", fontsize=10)
