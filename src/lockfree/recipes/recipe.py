@@ -124,15 +124,19 @@ class Recipe:
 
         panels = list(dict.fromkeys(entry["panel"] for entry in summary["entries"]))
         series = list(dict.fromkeys(entry["series"] for entry in summary["entries"]))
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
-        for panel, axis in zip(panels, axes[0], strict=True):
+        columns = min(len(panels), 3)
+        lines = -(-len(panels) // columns)
+        figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.6 * lines), squeeze=False, layout="constrained")
+        shown: dict[str, Any] = {}
+        for panel, axis in zip(panels, axes.flat, strict=False):
             for index, one in enumerate(series):
                 points = [e for e in summary["entries"] if e["panel"] == panel and e["series"] == one and e["mean"] is not None]
                 if not points:
                     continue
                 colour = f"C{index}"
                 x, mean = [e["x"] for e in points], [e["mean"] for e in points]
-                axis.errorbar(x, mean, [e["sd"] or 0 for e in points], color=colour, marker="o", ms=4, capsize=2, label=one)
+                deviations = [e["sd"] or 0 for e in points]
+                shown[one] = axis.errorbar(x, mean, deviations, color=colour, marker="o", ms=4, capsize=2)
                 paper = [(e["x"], e["paper"]) for e in points if e["paper"] is not None]
                 if paper:
                     axis.plot(*zip(*paper, strict=True), color=colour, ls="--", lw=1, alpha=0.6)
@@ -144,8 +148,19 @@ class Recipe:
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axis.minorticks_off()
             axis.grid(alpha=0.25)
-        axes[0][0].set_ylabel("test error, %")
-        axes[0][0].legend(frameon=False, fontsize=8)
+        for axis in axes.flat[len(panels) :]:
+            axis.remove()
+        for line in axes:
+            line[0].set_ylabel("test error, %")
+        ordered = [one for one in series if one in shown]
+        figure.legend(
+            [shown[one] for one in ordered],
+            ordered,
+            frameon=False,
+            fontsize=8,
+            ncols=min(len(ordered), 5),
+            loc="outside lower center",
+        )
         note = f", {self.paper_note}" if self.paper_note else ""
         dashed = f"; dashed: the paper{note}" if self.paper else ""
         figure.suptitle(f"{self.title} ({self.budget}{dashed})", fontsize=10)
