@@ -96,8 +96,10 @@ class _Place:
 
     def backprop(self, *, rate: float, series: str = "backprop", **more: Any) -> Trial:
         """Makes a trial of backpropagation; ``rate`` is the paper's, whose weights decay less than under HSIC."""
-        own = {"series": series, "rule": "backprop", "learning_rate": self.rate(rate, series)}
-        return Trial(**self._common | own | ({"weight_decay": 1e-5} if self.paper else {}) | more)
+        own: dict[str, Any] = {"series": series, "rule": "backprop", "learning_rate": self.rate(rate, series)}
+        if self.paper:
+            own["weight_decay"] = 1e-5
+        return Trial(**self._common | own | more)
 
     def unformatted(
         self, *, rate: float, balance: float, series: str = "HSIC", network_fields: dict[str, Any] | None = None

@@ -124,7 +124,7 @@ class Recipe:
 
         panels = list(dict.fromkeys(entry["panel"] for entry in summary["entries"]))
         series = list(dict.fromkeys(entry["series"] for entry in summary["entries"]))
-        columns = min(len(panels), 3)
+        columns = 2 if len(panels) == 4 else min(len(panels), 3)
         lines = -(-len(panels) // columns)
         figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.6 * lines), squeeze=False, layout="constrained")
         shown: dict[str, Any] = {}
