@@ -386,6 +386,21 @@ def momentum(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
+def descent(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Plain descent with rate 1: a step takes off the gradient itself."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    """Draws normal numbers in double precision from a seed of their own."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(*shape: int, classes: int = CLASSES, seed: int = 2) -> Tensor:
+    """Draws class numbers from a seed of their own."""
+    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
 def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam."""
     return torch.optim.Adam(parameters, lr=0.01)

@@ -6,7 +6,7 @@ import weakref
 import cases
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, descent, draw, labels
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,18 +24,6 @@ def _own_global_generator():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         yield
-
-
-def descent(parameters):
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def labels(*shape, classes=CLASSES, seed=2):
-    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def learner_of(model, rule, x, loss=F.cross_entropy, optimizer=descent, **more):

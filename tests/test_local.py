@@ -11,7 +11,7 @@ import cases
 import numpy as np
 import pytest
 import torch
-from cases import assert_same
+from cases import assert_same, descent, draw, labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -35,18 +35,6 @@ def _own_global_generator():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         yield
-
-
-def descent(parameters):
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
-def draw(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def labels(*shape, classes=CLASSES, seed=2):
-    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def token_loss(scores, y):
