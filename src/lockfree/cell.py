@@ -112,6 +112,7 @@ class Cell:
             "auxiliary": _Part(auxiliary, overlaps=Kind.AUXILIARY in wiring.overlaps),
             "inputs": _Part(self.inputs, overlaps=Kind.INPUT in wiring.overlaps),
         }
+        self._stashes = [part.stash for part in self._parts.values() if part.stash is not None]
         self._visits: dict[int, _Visit] = {}
         self.follow(rule)
 
@@ -121,6 +122,12 @@ class Cell:
         self.needs = rule.needs(self.place)
         self.auxiliary_needs = rule.auxiliary_needs(self.place)
         self._clock = rule.clock(self.place.count)
+        self._runs_as_it_is = type(rule).run is Rule.run
+        # Exact credit crosses both borders inside of one graph: between forward and learning there is nothing to remember.
+        below_asks = self.reports or self.inputs is not None
+        self._keeps_nothing = not (
+            below_asks or not self.joined_above or self._stashes or self._clock or self.auxiliary_needs is not None
+        )
 
     @property
     def synthetic(self) -> bool:
@@ -141,6 +148,8 @@ class Cell:
             flight: The batch itself.
             kinds: What the cell will do on this batch.
         """
+        if self._keeps_nothing:
+            return self._run_through(batch, inputs if self.joined_below else detach(inputs), flight)
         visit = self._open(batch, batch_size(inputs), flight, kinds)
         if self.inputs is not None:
             inputs = self._imagine(visit, inputs, None)
@@ -157,19 +166,28 @@ class Cell:
         self._done(batch, Kind.FORWARD)
         return outputs
 
+    def _run_through(self, batch: int, inputs: Values, flight: Flight) -> Values:
+        if self._runs_as_it_is:
+            return self.block.forward(inputs)  # a view of the model has no hooks that a call would look for
+        context = self._context(batch, batch_size(inputs), flight)
+        context.inputs = inputs
+        return self.rule.run(self.block, context)
+
     def _frozen(self, batch: int) -> bool:
         return self._clock is not None and self._clock.pace(self.place.index, batch) is Pace.FREEZE
 
     def _open(self, batch: int, samples: int, flight: Flight, kinds: frozenset[Kind]) -> _Visit:
-        context = Context(self.place, self.auxiliary, None, (), samples, shared=flight.shared, batch=batch)
-        visit = self._visits[batch] = _Visit(context, flight, pending=set(kinds))
-        if self.needs >= Needs.TARGET:
-            self._show_targets(visit)
+        visit = self._visits[batch] = _Visit(self._context(batch, samples, flight), flight, pending=set(kinds))
         return visit
 
-    def _show_targets(self, visit: _Visit) -> None:
+    def _context(self, batch: int, samples: int, flight: Flight) -> Context:
+        context = Context(self.place, self.auxiliary, None, (), samples, shared=flight.shared, batch=batch)
+        if self.needs >= Needs.TARGET:
+            self._show_targets(context, flight)
+        return context
+
+    def _show_targets(self, context: Context, flight: Flight) -> None:
         """Shows the rule what is known from the start: targets, the network's input, and the loss of any scores."""
-        context, flight = visit.context, visit.flight
         context.target, context.source = flight.target, flight.inputs
         context.scores_shape = self._objective.scores_shape
         context.loss = lambda scores: self._objective.evaluate(scores, flight.target)
@@ -205,6 +223,9 @@ class Cell:
 
     def learn(self, batch: int, above: Credit | None, error: Credit | None, kind: Kind = Kind.LEARN) -> Credit | None:
         """L or M: takes the credit of one batch, and returns dL/dx (``None``: not yet). In L the block gathers its gradients."""
+        if self._keeps_nothing:
+            self.learnt[0] = kind is Kind.LEARN
+            return None
         visit = self._visits[batch]
         context = visit.context
         context.above, context.error = above, error
@@ -238,7 +259,7 @@ class Cell:
         visit = self._visits[batch]
         context = visit.context
         if self.auxiliary_needs is not None and self.auxiliary_needs >= Needs.TARGET:
-            self._show_targets(visit)
+            self._show_targets(context, visit.flight)
         context.error, context.sample_losses = error, sample_losses
         context.above = above if above is not None else context.above
         with full_precision(_device_type(context.outputs)):
@@ -305,9 +326,8 @@ class Cell:
 
         Another cell's learning moves the weights that it shares with this one, so it does not matter who has learnt.
         """
-        for part in self._parts.values():
-            if part.stash is not None:
-                part.stash.before_update()
+        for stash in self._stashes:
+            stash.before_update()
         self.learnt = [False, False]
 
     # ---- what is in flight -------------------------------------------------------------------------------------------------
@@ -323,9 +343,8 @@ class Cell:
         """Forgets every batch in flight."""
         self._visits.clear()
         self.learnt = [False, False]
-        for part in self._parts.values():
-            if part.stash is not None:
-                part.stash.clear()
+        for stash in self._stashes:
+            stash.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the user's model does not hold: the auxiliary networks and the batches in flight."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from lockfree.recompute import run_in_parts
 from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.values import Values, as_leaves, clone, detach, tensors
 
+_IN_TRAINING = attrgetter("training")
+
 
 class _Forms:
     """The traced forms of a model, cut: one for each combination of modes that its traced-through modules are found in.
@@ -22,7 +25,8 @@ class _Forms:
 
     def __init__(self, model: nn.Module, names: Sequence[str], *, strict: bool) -> None:
         self._model, self._names = model, list(names)
-        self._through = [model, *(model.get_submodule(name) for name in sorted(ancestors(names)))] if names else []
+        through = [model, *(model.get_submodule(name) for name in sorted(ancestors(names)))] if names else []
+        self._through = tuple(through)
         self._pieces: dict[tuple[bool, ...], list[Piece]] = {}
         with undisturbed(model):
             for training in (True, False):
@@ -32,11 +36,14 @@ class _Forms:
     @property
     def mode(self) -> tuple[bool, ...]:
         """The modes that the traced-through modules are in."""
-        return tuple([module.training for module in self._through])
+        return tuple(map(_IN_TRAINING, self._through))
 
     def now(self) -> list[Piece]:
         """Returns the pieces for the present modes."""
-        mode = self.mode
+        return self.of(self.mode)
+
+    def of(self, mode: tuple[bool, ...]) -> list[Piece]:
+        """Returns the pieces for what `mode` is at present."""
         if mode not in self._pieces:
             self._add(cut(self._model, self._names, strict=False))
         return self._pieces[mode]
@@ -78,12 +85,13 @@ class Block(nn.Module):
     def forward(self, values: Values) -> Values:
         """Runs the block on what crosses its lower border, and returns what crosses its upper one."""
         mode = self._forms.mode
-        if mode not in self._mutates:
+        mutates = self._mutates.get(mode)
+        if mutates is None:
             return self._first_call(mode, values)
-        return self._call(clone(values) if self._mutates[mode] else values)
+        return self._call(mode, clone(values) if mutates else values)
 
-    def _call(self, values: Values) -> Values:
-        piece = self._forms.now()[self._index]
+    def _call(self, mode: tuple[bool, ...], values: Values) -> Values:
+        piece = self._forms.of(mode)[self._index]
         if self._recompute and torch.is_grad_enabled():
             return run_in_parts(piece.body, *((values,) if piece.takes == 1 else values))
         return _run(piece, values)
@@ -92,7 +100,7 @@ class Block(nn.Module):
         """Finds out whether the block changes its input in place; what crosses a border is shared with the block below."""
         copies = clone(values)
         before = [tensor._version for tensor in tensors(copies)]
-        outputs = self._call(copies)
+        outputs = self._call(mode, copies)
         self._mutates[mode] = before != [tensor._version for tensor in tensors(copies)]
         return outputs
 

@@ -6,9 +6,9 @@ of W it sends $J(B)^T \delta$ instead; everything else, the gradient of W includ
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -70,33 +70,37 @@ class Fixed(Feedback):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
+        self.weights: Tensor
         self.register_buffer("weights", like_initial(weight))
 
     def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
-        return self.get_buffer("weights")
+        return self.weights
 
     def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
         return drawn
 
 
-@dataclass(frozen=True)
 class Way:
-    """The way down past one weight.
+    """The way down past one weight, for one batch.
 
-    Attributes:
+    Args:
         weight: W.
         feedback: What stands for it.
         generator: What may be drawn from for this batch, if the rule gives it.
     """
 
-    weight: Tensor
-    feedback: Feedback
-    generator: torch.Generator | None
+    __slots__ = ("_drawn", "_generator", "feedback", "weight")
 
-    @cached_property
+    def __init__(self, weight: Tensor, feedback: Feedback, generator: torch.Generator | None) -> None:
+        self.weight, self.feedback, self._generator = weight, feedback, generator
+        self._drawn: Tensor | None = None
+
+    @property
     def drawn(self) -> Tensor:
         """What is decided when the layer runs forward, once for all its calls on a batch."""
-        return self.feedback.draw(self.weight.detach(), self.generator)
+        if self._drawn is None:
+            self._drawn = self.feedback.draw(self.weight, self._generator)
+        return self._drawn
 
 
 # ---- the registry ------------------------------------------------------------------------------------------------------------
@@ -191,9 +195,37 @@ class _Reroute(torch.autograd.Function):
 # ---- layers that are known ---------------------------------------------------------------------------------------------------
 
 
-@register_feedback(nn.Linear)
-def _linear(layer: nn.Linear, feedback: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
-    return gradient @ feedback
+class _Linear(torch.autograd.Function):
+    r"""$y = xW^T + b$ whose dL/dx is $\delta B$: one node of the graph, since dense layers are many and often small."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, drawn: Tensor, feedback: Feedback) -> Tensor:
+        ctx.save_for_backward(x, weight, drawn)
+        ctx.feedback = feedback
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        x, weight, drawn = ctx.saved_tensors
+        _, learns, shifts, *_ = ctx.needs_input_grad
+        message = gradient @ ctx.feedback.matrix(weight, drawn).to(gradient.dtype)
+        if gradient.dim() != 2:
+            gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
+        of_weight = gradient.t() @ x.to(gradient.dtype) if learns else None
+        return message, of_weight, gradient.sum(0) if shifts else None, None, None
+
+
+def _through_linear(x: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+    if not x.requires_grad:
+        return F.linear(x, way.weight, bias)
+    return _Linear.apply(x, way.weight, bias, way.drawn, way.feedback)  # pyrefly: ignore[bad-return]
+
+
+def _linear(layer: nn.Linear, ways: Mapping[str, Way], input: Tensor) -> Tensor:
+    return _through_linear(input, layer.bias, ways["weight"])
+
+
+_FORMS[nn.Linear] = _Form(_linear)
 
 
 def _convolution(layer: Any, feedback: Tensor, gradient: Tensor, shape: torch.Size) -> Tensor:
@@ -294,15 +326,14 @@ def _additive_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor, 
     return found
 
 
-def _through_linear(x: Tensor, bias: Tensor | None, way: Way) -> Tensor:
-    y = F.linear(x.detach(), way.weight, bias)
-    return _reroute(x, y, way, lambda matrix, gradient, shape: gradient @ matrix)
-
-
 _FORMS[nn.MultiheadAttention] = _Form(_attention, whole=True)
 
 
 # ---- a block and its feedback weights ----------------------------------------------------------------------------------------
+
+
+_Matrices = dict[str, tuple[Callable[[nn.Module], Tensor], Feedback]]
+"""For each name of a weight, what fetches it from its layer and what stands for it."""
 
 
 class FeedbackWeights(nn.Module):
@@ -322,7 +353,7 @@ class FeedbackWeights(nn.Module):
     ) -> None:
         super().__init__()
         self.feedbacks = nn.ModuleList()
-        self._of: list[tuple[nn.Module, Callable[..., Any], dict[str, Feedback]]] = []
+        self._of: list[tuple[nn.Module, Callable[..., Any], _Matrices]] = []
         spoken_for: set[int] = set()
         for name, layer in layers:
             if id(layer) in spoken_for or isinstance(layer, _EXEMPT):
@@ -337,30 +368,40 @@ class FeedbackWeights(nn.Module):
                 raise ValueError(_refusal(rule, name, layer, own))
             found = {key: make(layer.get_parameter(key)) for key in form.matrices(layer) if not key.startswith("bias_")}
             self.feedbacks.extend(found.values())
-            self._of.append((layer, form.run, found))
+            # Weights are fetched for each batch: something may have put others in their places.
+            self._of.append((layer, form.run, {key: (attrgetter(key), feedback) for key, feedback in found.items()}))
 
     def pairs(self) -> Iterator[tuple[Tensor, Feedback]]:
         """Yields each weight with what stands for it."""
         for layer, _, feedbacks in self._of:
-            for name, feedback in feedbacks.items():
-                yield layer.get_parameter(name), feedback
+            for get, feedback in feedbacks.values():
+                yield get(layer), feedback
 
-    @contextmanager
-    def in_force(self, generator: torch.Generator | None = None) -> Iterator[None]:
-        """Lets the layers run as they are, but differentiate through what stands for their weights.
+    def in_force(self, generator: torch.Generator | None = None) -> "_InForce":
+        """Lets the layers run as they are, in a ``with`` statement, but differentiate through what stands for their weights.
 
         Args:
             generator: What may be drawn from for this batch.
         """
-        for layer, run, feedbacks in self._of:
-            ways = {name: Way(layer.get_parameter(name), feedback, generator) for name, feedback in feedbacks.items()}
-            # An instance's own forward hides the class's; written past nn.Module.__setattr__, which is slow.
-            layer.__dict__["forward"] = partial(run, layer, ways)
-        try:
-            yield
-        finally:
-            for layer, _, _ in self._of:
-                layer.__dict__.pop("forward", None)
+        return _InForce(self._of, generator)
+
+
+class _InForce:
+    """Gives layers a forward of their own; an instance's hides the class's."""
+
+    __slots__ = ("_generator", "_of")
+
+    def __init__(self, of: list[tuple[nn.Module, Callable[..., Any], _Matrices]], generator: torch.Generator | None) -> None:
+        self._of, self._generator = of, generator
+
+    def __enter__(self) -> None:
+        for layer, run, matrices in self._of:
+            ways = {name: Way(get(layer), feedback, self._generator) for name, (get, feedback) in matrices.items()}
+            layer.__dict__["forward"] = partial(run, layer, ways)  # past nn.Module.__setattr__, which is slow
+
+    def __exit__(self, *raised: object) -> None:
+        for layer, _, _ in self._of:
+            layer.__dict__.pop("forward", None)
 
 
 def _refusal(rule: str, name: str, layer: nn.Module, matrices: list[str]) -> str:

@@ -69,6 +69,7 @@ class Learner:
         helping = [network for cell in assembly.cells for network in (cell.auxiliary, cell.inputs) if network is not None]
         moving = [part for network in helping for part in network.modules() if isinstance(part, _NormBase)]
         self._buffers = [*self.model.buffers(), *(buffer for part in moving for buffer in part.buffers())]
+        self._backup = [buffer.clone() for buffer in self._buffers]
         self._trained = Trained(self.model, tuple(chain.blocks), tuple(cell.auxiliary for cell in assembly.cells))
         self._first = 0  # batches before this one have been drained
         self._seen: set[tuple] = set()
@@ -152,14 +153,12 @@ class Learner:
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """After an error nothing half-learnt stays: weights have not changed yet, and running statistics are put back."""
-        backup = [buffer.clone() for buffer in self._buffers]
+        _copy(self._buffers, self._backup)
         try:
             yield
         except BaseException:
             self._clear()
-            with torch.no_grad():
-                for buffer, value in zip(self._buffers, backup, strict=True):
-                    buffer.copy_(value)
+            _copy(self._backup, self._buffers)
             raise
 
     def _clear(self) -> None:
@@ -403,7 +402,14 @@ def _same_tensors(what: str, theirs: dict[str, Tensor], mine: dict[str, Tensor])
 
 
 def _signature(values: Any) -> tuple:
+    if isinstance(values, Tensor):
+        return (values.dtype, values.shape[1:])
     return tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors(values)) or (type(values),)
+
+
+def _copy(values: list[Tensor], into: list[Tensor]) -> None:
+    if values:
+        torch._foreach_copy_(into, values)
 
 
 def _to(state: Any, device: torch.device) -> Any:

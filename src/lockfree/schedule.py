@@ -102,7 +102,7 @@ class Schedule:
 
     def kinds(self, cell: int, batch: int) -> frozenset[Kind]:
         """Returns everything that a cell does on a batch."""
-        return self._kinds(batch)[cell]
+        return self._all_kinds[cell] if self.clock is None else self._kinds(batch)[cell]
 
     def _kinds(self, batch: int) -> list[frozenset[Kind]]:
         """Returns, for each cell, everything that it does on a batch."""

@@ -49,15 +49,17 @@ class Assembly:
 
         return evaluate
 
-    def finish(self, batch: int) -> None:
-        """Ends one action of a batch; with the last one, its flight and whatever of it nobody has taken from a link."""
-        flight = self.flights[batch]
-        flight.remaining -= 1
-        if not flight.remaining:
-            self.end(batch)
+    def finish(self, actions: Sequence[Action]) -> None:
+        """Ends the actions of a tick; with its last action ends a batch's flight."""
+        flights = self.flights
+        for action in actions:
+            flight = flights[action.batch]
+            flight.remaining -= 1
+            if not flight.remaining:
+                self.end(action.batch)
 
     def end(self, batch: int) -> None:
-        """Ends the flight of a batch."""
+        """Ends the flight of a batch, and forgets whatever of it nobody has taken from a link."""
         del self.flights[batch]
         for link in self.links:
             link.forget(batch)
@@ -70,8 +72,9 @@ class Assembly:
         """
         block_learnt = any(cell.learnt[0] for cell in self.cells)
         auxiliary_learnt = any(cell.learnt[1] for cell in self.cells)
-        for cell in self.cells if block_learnt or auxiliary_learnt else ():
-            cell.before_update()
+        if block_learnt or auxiliary_learnt:
+            for cell in self.cells:
+                cell.before_update()
         if block_learnt:
             self.optimizer.step()
             drop_gradients(self.optimizer)

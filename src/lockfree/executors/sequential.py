@@ -23,7 +23,7 @@ class Sequential(Executor):
         outcome = Outcome()
         for action in actions:
             _ACTIONS[action.kind](assembly, assembly.cells[action.cell], action.batch, outcome)
-            assembly.finish(action.batch)
+        assembly.finish(actions)
         assembly.update()
         return outcome
 
@@ -31,7 +31,7 @@ class Sequential(Executor):
         """Runs F and L of the cell, then what its neighbours' auxiliary networks can learn from them, then the update."""
         outcome, alone = Outcome(), assembly.cells[cell]
         assembly.flights[batch] = flight
-        outputs = _run_forward(assembly, alone, batch, outcome, frozenset({Kind.FORWARD, Kind.LEARN}))
+        outputs = _forward(assembly, alone, batch, outcome, frozenset({Kind.FORWARD, Kind.LEARN}))
         _refuse_what_is_not_finite(alone, batch, outputs)
         stand_in = alone.input_of(batch)
         _learn(assembly, alone, batch, outcome)
@@ -49,17 +49,14 @@ class Sequential(Executor):
         return outcome
 
 
-def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
-    _run_forward(assembly, cell, batch, outcome, assembly.schedule.kinds(cell.place.index, batch))
-
-
-def _run_forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds: frozenset[Kind]) -> Values:
+def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds: frozenset[Kind] | None = None) -> Values:
     flight, index = assembly.flights[batch], cell.place.index
+    kinds = kinds or assembly.schedule.kinds(index, batch)
     inputs = flight.inputs if not index or cell.synthetic else assembly.links[index - 1].take(batch)
     outputs = cell.forward(batch, inputs, flight, kinds)
     if cell.learns_early:
         _refuse_what_is_not_finite(cell, batch, outputs)
-    if not cell.place.top:
+    if index != len(assembly.cells) - 1:
         assembly.links[index].lift(batch, outputs)
         return outputs
     if cell.joined_above:

@@ -22,10 +22,11 @@ class _Signed(Feedback):
 
     def __init__(self, magnitude: Tensor) -> None:
         super().__init__()
+        self.magnitude: Tensor
         self.register_buffer("magnitude", magnitude)
 
     def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
-        return self.get_buffer("magnitude")
+        return self.magnitude
 
     def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
         return weight.sign().mul_(drawn)
