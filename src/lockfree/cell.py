@@ -235,9 +235,10 @@ class Cell:
         else:
             with full_precision(_device_type(context.outputs)):
                 credit, visit.auxiliary_call = self._credit(visit, None)
+                learnt = credit is not None
                 if credit is not None and visit.made:
-                    _backward(visit.made, credit, None if kind is Kind.LEARN else carriers(context.inputs))
-            learnt = credit is not None
+                    given, credit = list(credit), None
+                    _backward(visit.made, given, None if kind is Kind.LEARN else carriers(context.inputs))
         self.learnt[0] = learnt and kind is Kind.LEARN
         message = tuple(x.grad for x in carriers(context.inputs)) if self.reports else None
         visit.made, context.inputs = (), None
@@ -386,11 +387,29 @@ class Cell:
         return visit
 
 
-def _backward(made: tuple[Tensor, ...], credit: Credit, inputs: tuple[Tensor, ...] | None) -> None:
-    """Takes the gradients of parameters and inputs, or of these inputs alone, where there is credit."""
-    pairs = [(y, given) for y, given in zip(made, credit, strict=True) if given is not None]
-    if pairs and inputs != ():
-        torch.autograd.backward([y for y, _ in pairs], [given.to(y.dtype) for y, given in pairs], inputs=inputs)
+def _backward(made: tuple[Tensor, ...], credit: list[Tensor | None], inputs: tuple[Tensor, ...] | None) -> None:
+    """Takes the gradients of parameters and inputs, or of these inputs alone, where there is credit; empties the list of it."""
+    wanted = [y for y, given in zip(made, credit, strict=True) if given is not None]
+    if wanted and inputs != ():
+        _Delivery.apply(credit, *wanted).backward(inputs=inputs)
+
+
+class _Delivery(torch.autograd.Function):
+    """A number whose gradient for each tensor is its credit.
+
+    Autograd keeps the gradients that it is called with until it is done; of these it keeps none, which is a tensor less at the peak.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, credit: list[Tensor | None], *made: Tensor) -> Tensor:
+        ctx.credit, ctx.types = credit, [y.dtype for y in made]
+        return made[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        given = [given for given in ctx.credit if given is not None]
+        ctx.credit.clear()
+        return None, *(part.to(kind) for part, kind in zip(given, ctx.types, strict=True))
 
 
 def _visit_state(visit: _Visit) -> dict[str, Any]:

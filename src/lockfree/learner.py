@@ -1,6 +1,7 @@
 """`convert`: a model and a rule become a learner that takes one batch at a time."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from lockfree import rules
@@ -22,7 +22,11 @@ from lockfree.objective import Loss, Objective, describe
 from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.rule import LOCKS, Needs, Place, Rule, Site, Trained, locks
 from lockfree.schedule import SCHEDULES, Kind, Schedule
+from lockfree.update import Update
 from lockfree.values import Values, batch_size, carrying, detach, tensors
+
+_RUNNING = re.compile(r"(^|\.)(running_\w+|num_batches_tracked)$")
+"""Names of buffers that training changes, as PyTorch names them."""
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -66,9 +70,8 @@ class Learner:
         self._phases, self._phase = list(phases), phases[0]
         self._executor, self._assembly, self._same = executor, assembly, same
         # Of auxiliary networks running statistics alone: other buffers there are fixed random numbers.
-        helping = [network for cell in assembly.cells for network in (cell.auxiliary, cell.inputs) if network is not None]
-        moving = [part for network in helping for part in network.modules() if isinstance(part, _NormBase)]
-        self._buffers = [*self.model.buffers(), *(buffer for part in moving for buffer in part.buffers())]
+        moving = [buffer for network in self.auxiliaries for name, buffer in network.named_buffers() if _RUNNING.search(name)]
+        self._buffers = [*self.model.buffers(), *moving]
         self._backup = [buffer.clone() for buffer in self._buffers]
         self._trained = Trained(self.model, tuple(chain.blocks), tuple(cell.auxiliary for cell in assembly.cells))
         self._first = 0  # batches before this one have been drained
@@ -96,7 +99,8 @@ class Learner:
         self._check_batch(x, y)
         self._enter(self._phase_of(self.steps))
         tick = self.steps
-        self._assembly.flights[tick] = Flight(detach(x), y, self.schedule.actions_of(tick))
+        fed = self._phase.rule.feed(self._trained, detach(x), y, tick)
+        self._assembly.flights[tick] = Flight(fed, y, self.schedule.actions_of(tick))
         with self._all_or_nothing():
             try:
                 outcome = self._executor.run(self._assembly, self.schedule.tick(tick, self._first, tick))
@@ -232,15 +236,15 @@ class Learner:
             ['0.bias', '0.weight', '2.bias', '2.weight']
         """
         state, assembly = self.state_dict(), self._assembly
-        kept = assembly.optimizer, assembly.auxiliary_optimizer
-        collector = _Collector(kept[0])
-        assembly.optimizer, assembly.auxiliary_optimizer = collector, kept[1] and _Collector(kept[1])
+        kept = assembly.blocks, assembly.auxiliaries
+        collector = _Collector(kept[0].optimizer)
+        assembly.blocks, assembly.auxiliaries = Update(collector), kept[1] and Update(_Collector(kept[1].optimizer))
         try:
             self._clear()
             self.step(x, y)
             self.drain()
         finally:
-            assembly.optimizer, assembly.auxiliary_optimizer = kept
+            assembly.blocks, assembly.auxiliaries = kept
             self.load_state_dict(state)
         return {name: collector.found[id(p)] for name, p in self.model.named_parameters() if id(p) in collector.found}
 
@@ -248,9 +252,8 @@ class Learner:
 
     def predict(self, x: Values) -> Values:
         """Returns the model's output (class scores) in evaluation mode; nothing is changed."""
-        auxiliaries = [auxiliary for auxiliary in self._trained.auxiliaries if auxiliary is not None]
         with ExitStack() as stack, torch.no_grad():
-            for module in (self.model, *auxiliaries):
+            for module in (self.model, *self.auxiliaries):
                 stack.enter_context(undisturbed(module))
                 module.eval()
             return self._phase.rule.predict(self._trained, x)
@@ -279,14 +282,21 @@ class Learner:
         return self._assembly.cells
 
     @property
+    def auxiliaries(self) -> list[nn.Module]:
+        """The auxiliary networks, whatever they are for."""
+        networks = (network for cell in self.cells for network in (cell.auxiliary, cell.inputs))
+        return [network for network in networks if network is not None]
+
+    @property
     def optimizer(self) -> torch.optim.Optimizer:
         """What the user's factory made; attach a learning-rate scheduler here."""
-        return self._assembly.optimizer
+        return self._assembly.blocks.optimizer
 
     @property
     def auxiliary_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer of the auxiliary networks, if any learn."""
-        return self._assembly.auxiliary_optimizer
+        auxiliaries = self._assembly.auxiliaries
+        return None if auxiliaries is None else auxiliaries.optimizer
 
     # ---- keeping -------------------------------------------------------------------------------------------------------------
 
@@ -312,6 +322,7 @@ class Learner:
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "auxiliary_optimizer": self.auxiliary_optimizer and self.auxiliary_optimizer.state_dict(),
+            "updates": [update and update.state_dict() for update in (self._assembly.blocks, self._assembly.auxiliaries)],
             "cells": [cell.state_dict() for cell in self._assembly.cells],
             "links": [link.state_dict() for link in self._assembly.links],
             "flights": flights,
@@ -336,7 +347,10 @@ class Learner:
         self._force(self._phase_of(max(self.steps - 1, 0)))  # batches in flight are of the phase of the last one
         # A checkpoint gives tensors on the CPU; what is in flight has to be where the model is.
         device = next(self.model.parameters()).device
-        flying = {name: _to(state[name], device) for name in ("cells", "links", "flights")}
+        flying = {name: _to(state[name], device) for name in ("cells", "links", "flights", "updates")}
+        for update, saved in zip((self._assembly.blocks, self._assembly.auxiliaries), flying["updates"], strict=True):
+            if update is not None:
+                update.load_state_dict(saved)
         for batch, flight in flying["flights"].items():
             self._assembly.flights[int(batch)] = Flight(**flight)
         for cell, saved in zip(self._assembly.cells, flying["cells"], strict=True):
@@ -346,7 +360,7 @@ class Learner:
         set_rng(state["rng"])
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        missing = {"of", "model", "optimizer", "cells", "links", "flights", "rng"} - set(state)
+        missing = {"of", "model", "optimizer", "updates", "cells", "links", "flights", "rng"} - set(state)
         if missing:
             raise ValueError(f"this is not a learner's state: it lacks {', '.join(sorted(missing))}")
         _same_tensors("model", state["model"], self.model.state_dict())
@@ -435,6 +449,9 @@ def convert(
     links: Link | Sequence[Link] | None = None,
     auxiliary_optimizer: OptimizerFactory | None = None,
     recompute: bool = False,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    update: str = "tick",
 ) -> Learner:
     """Makes a learner out of any model and a rule; the model stays the user's own and is trained in place.
 
@@ -454,6 +471,11 @@ def convert(
         auxiliary_optimizer: Like ``optimizer``, for the auxiliary networks; the rule's own choice if left out.
         recompute: Whether each block runs again, part by part, when it learns, instead of keeping its activations (gradient
             checkpointing inside of blocks): the same numbers, less memory, up to one more forward pass.
+        accumulate: How many batches make a step of the optimizers, which is taken with the mean of their gradients; 1 or more.
+        clip_norm: Longest gradient of the model's parameters, their 2-norm; above 0. ``None``: none is too long.
+        update: When weights change: ``"tick"``, all together, after every block has learnt; ``"block"``, a block's as soon as it has
+            learnt, which needs the memory of one block's gradients instead of all, has each block's gradient clipped by itself, and
+            leaves the blocks below changed should a batch fail further up.
 
     Returns:
         The learner.
@@ -505,8 +527,30 @@ def convert(
         "schedule": f"{plan.name}, delays {list(plan.delays)}",
         "optimizer": " and ".join(type(one).__name__ for one in (stepping, helper) if one is not None),
     }
-    assembly = Assembly(cells, all_links, phases[0].schedule, objective, stepping, helper)
+    at_once = choose(_AT_ONCE, update, "update")
+    if at_once:
+        _refuse_what_lasts(cells, accumulate)
+    changes = Update(stepping, every=accumulate, clip_norm=clip_norm)
+    beside = None if helper is None else Update(helper, every=accumulate)
+    assembly = Assembly(cells, all_links, phases[0].schedule, objective, changes, beside, at_once)
     return Learner(chain, rule, phases, choose(EXECUTORS, executor, "executor")(), assembly, same)
+
+
+_AT_ONCE = {"tick": False, "block": True}
+
+
+def _refuse_what_lasts(cells: Sequence[Cell], accumulate: int) -> None:
+    """Refuses what needs gradients for longer than a block's turn."""
+    if accumulate > 1:
+        raise ValueError(f'accumulate={accumulate} keeps the gradients of all blocks: leave it out, or update="block"')
+    owners: dict[int, int] = {}
+    for cell in cells:
+        for parameter in cell.block.parameters():
+            if owners.setdefault(id(parameter), cell.place.index) != cell.place.index:
+                raise ValueError(
+                    f"blocks {owners[id(parameter)]} and {cell.place.index} share a parameter, whose gradients must be summed before it "
+                    'changes: leave out update="block"'
+                )
 
 
 def _plan(rule: Rule, cells: int, schedule: str, all_links: Sequence[Link]) -> Schedule:

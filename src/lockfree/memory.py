@@ -13,6 +13,11 @@ _watching: list["ActivationMeter"] = []
 class ActivationMeter:
     """Counts saved activations: each storage once, for as long as some graph holds it, parameters and buffers left out.
 
+    What gradient checkpointing makes again is not seen: there the peak is what it keeps in between, a lower bound.
+
+    Args:
+        *modules: Whose parameters and buffers are left out.
+
     Example:
         >>> import torch
         >>> meter = ActivationMeter(torch.nn.Linear(2, 2))
@@ -26,17 +31,18 @@ class ActivationMeter:
         peak: Most bytes that were ever alive at once.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
         self.now = 0
         self.peak = 0
         self._holders: dict[int, int] = {}
-        self._model = model
+        self._modules = modules
         self._own: set[int] = set()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Counts what is saved inside; graphs that outlive it are still counted down when they are freed."""
-        self._own = {tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]}
+        own = (tensor for module in self._modules for tensor in [*module.parameters(), *module.buffers()])
+        self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         _watching.append(self)
         try:
             with torch.autograd.graph.saved_tensors_hooks(hold, unhold):

@@ -309,6 +309,13 @@ class Rule(ABC):
         """Leaves gradients on the auxiliary network's parameters; returns the loss that they descend, for the record."""
         return None
 
+    def feed(self, trained: Trained, inputs: Values, target: Any, batch: int) -> Values:
+        """Returns what enters the chain for a batch: the network's input, or whatever the blocks are to tell apart instead.
+
+        It sees the whole model, as whoever prepares data may, and changes nothing in it.
+        """
+        return inputs
+
     def predict(self, trained: Trained, inputs: Values) -> Values:
         """Returns the class scores of a batch; everything is in evaluation mode and no graph is kept."""
         return trained.model(inputs)

@@ -232,7 +232,7 @@ class Trainer:
     def _step(self, x: Values, y: Any) -> float:
         # The second step of a process is watched: by then everything that is made once (optimizer state) is there.
         watched = self._progress.peak_activation_bytes is None and self._progress.batch == 1
-        meter = ActivationMeter(self.learner.model)
+        meter = ActivationMeter(self.learner.model, *self.learner.auxiliaries)
         with meter.watch() if watched else contextlib.nullcontext():
             result = self.learner.step(x, y)
         if watched:

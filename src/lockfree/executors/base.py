@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lockfree.cell import Cell
@@ -12,6 +11,7 @@ from lockfree.flight import Flight
 from lockfree.link import Link
 from lockfree.objective import Objective
 from lockfree.schedule import Action, Schedule
+from lockfree.update import Update
 
 
 @dataclass(slots=True)
@@ -23,8 +23,9 @@ class Assembly:
         links: Link i joins cell i and cell i + 1.
         schedule: What happens when, in the present phase of the rule.
         objective: The loss above the top cell.
-        optimizer: Steps the weights of the blocks.
-        auxiliary_optimizer: Steps the weights of the auxiliary networks, if any learn.
+        blocks: Changes the weights of the blocks.
+        auxiliaries: Changes the weights of the auxiliary networks, if any learn.
+        at_once: Whether weights change as soon as a cell is done, not at the end of the tick.
         flights: The batches in flight, by number.
     """
 
@@ -32,8 +33,9 @@ class Assembly:
     links: list[Link]
     schedule: Schedule
     objective: Objective
-    optimizer: torch.optim.Optimizer
-    auxiliary_optimizer: torch.optim.Optimizer | None
+    blocks: Update
+    auxiliaries: Update | None
+    at_once: bool = False
     flights: dict[int, Flight] = field(default_factory=dict)
 
     def sample_losses(self, batch: int) -> Callable[[], Tensor] | None:
@@ -65,10 +67,11 @@ class Assembly:
             link.forget(batch)
 
     def update(self) -> None:
-        """Ends a tick: what learnt is stepped, all at once.
+        """Lets what has learnt change its weights.
 
-        No action reads weights that learnt earlier in the same tick, so this equals stepping each block at once; it costs one
-        optimizer call instead of one a block, it serves parameters that blocks share, and a tick that fails has changed nothing.
+        No action reads weights that learnt earlier in the same tick, so once at its end equals after each cell; it costs one
+        optimizer call instead of one a cell, it serves parameters that blocks share, and a tick that fails has changed nothing.
+        After each cell there are the gradients of one cell at a time.
         """
         block_learnt = any(cell.learnt[0] for cell in self.cells)
         auxiliary_learnt = any(cell.learnt[1] for cell in self.cells)
@@ -76,27 +79,18 @@ class Assembly:
             for cell in self.cells:
                 cell.before_update()
         if block_learnt:
-            self.optimizer.step()
-            drop_gradients(self.optimizer)
-        if auxiliary_learnt and self.auxiliary_optimizer is not None:
-            self.auxiliary_optimizer.step()
-            drop_gradients(self.auxiliary_optimizer)
+            self.blocks.take()
+        if auxiliary_learnt and self.auxiliaries is not None:
+            self.auxiliaries.take()
 
     def clear(self) -> None:
         """Forgets everything in flight, and gradients that a failed tick left behind."""
         self.flights.clear()
         for part in [*self.cells, *self.links]:
             part.clear()
-        for optimizer in (self.optimizer, self.auxiliary_optimizer):
-            if optimizer is not None:
-                drop_gradients(optimizer)
-
-
-def drop_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Does what ``zero_grad`` does, without its bookkeeping."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+        for update in (self.blocks, self.auxiliaries):
+            if update is not None:
+                update.drop()
 
 
 @dataclass(slots=True)

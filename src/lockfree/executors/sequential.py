@@ -21,8 +21,10 @@ class Sequential(Executor):
     def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
         """Runs the actions of one tick, then the update."""
         outcome = Outcome()
-        for action in actions:
+        for index, action in enumerate(actions):
             _ACTIONS[action.kind](assembly, assembly.cells[action.cell], action.batch, outcome)
+            if assembly.at_once and action.cell != actions[min(index + 1, len(actions) - 1)].cell:
+                assembly.update()
         assembly.finish(actions)
         assembly.update()
         return outcome

@@ -36,7 +36,9 @@ class _ImageDecoder(nn.Module):
         )
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.layers(F.interpolate(y, self._size, mode="bilinear", align_corners=True))
+        if y.shape[2:] != self._size:
+            y = F.interpolate(y, self._size, mode="bilinear", align_corners=True)
+        return self.layers(y)
 
 
 def _decoder(y: Tensor, source: Any) -> nn.Module | None:
