@@ -108,6 +108,10 @@ RULES = (
         name="hsic-heads", make=lambda: HSIC(readout="heads", objective="phsic", kernel="cosine", balance=2.0), locks=FORWARD
     ),
     RuleCase(name="hsic-format", make=lambda: HSIC(format_after=6, landmarks=4, block_size=4, **MILD), locks=FORWARD),
+    RuleCase(name="ff", make=lf.rules.ForwardForward, locks=FORWARD, refuses=("gpt", "unet", "dict")),
+    RuleCase(
+        name="ff-hard", make=lambda: lf.rules.ForwardForward(negatives="hard"), locks=UPDATE, refuses=("gpt", "unet", "dict")
+    ),
     RuleCase(name="dfa", make=lambda: lf.rules.DirectFeedbackAlignment(scale=0.5), locks=UPDATE),
 )
 

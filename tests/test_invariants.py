@@ -129,7 +129,9 @@ class Withheld:
 def test_what_a_rule_does_not_need_is_not_looked_at(case, model):
     model = MODELS[model]
     if model.name in case.refuses:
-        with pytest.raises(ValueError, match=r"class scores|register_feedback|one input tensor"):
+        with pytest.raises(
+            ValueError, match=r"class scores|register_feedback|one input tensor|Forward-Forward wants|writes the label"
+        ):
             learner_for(model, case.make())
         return
     honest, poisoned = learner_for(model, case.make()), learner_for(model, case.make())
@@ -206,6 +208,8 @@ def test_no_gradient_crosses_a_border_unless_it_is_needed(case, model, border):
         learner.step(*model.batches(1, seed=5)[0])
         after.append(parameters_below(learner, border))
         assert cases.differs(before, after[-1])
+    if case.name == "ff-hard":
+        return  # what is above has a say in which wrong label is drawn, by its scores alone
     if learner.cells[border - 1].needs < lf.Needs.ABOVE:
         assert_same(*after)
     elif case.name == "backprop":
@@ -544,7 +548,7 @@ def test_pipelining_keeps_the_order_of_each_cell(case, monkeypatch):
         )
         if cell < 3:
             late = 3 - cell if rule.wants_sample_losses() else 1
-            known = rule.auxiliary_needs(lf.Place(cell, 4)) == lf.Needs.TARGET
+            known = rule.auxiliary_needs(lf.Place(cell, 4)) in (lf.Needs.NOTHING, lf.Needs.TARGET)
             late = 0 if known or getattr(rule, "synthetic_inputs", False) else late
             found = [str(a) for a in taken["pipelined"] if a.cell == cell]
             assert found == [

@@ -1,6 +1,7 @@
 """Gathered gradients, clipping, learning-rate schedules, and when weights change, on real models and under autocast."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,20 +12,36 @@ import lockfree as lf
 from lockfree.models.transformer import gpt
 from lockfree.update import Update
 
-RULES = ["backprop", "checkpoint", "fa", "usf", "dfa", "drtp", "pred", "predsim", "mono", "dgl", "infopro", "auglocal", "hsic", "dni"]
+RULES = [
+    "backprop",
+    "checkpoint",
+    "fa",
+    "usf",
+    "dfa",
+    "drtp",
+    "pred",
+    "predsim",
+    "mono",
+    "dgl",
+    "infopro",
+    "auglocal",
+    "hsic",
+    "dni",
+]
 
 
 def mlp(seed=0):
     torch.manual_seed(seed)
     widths = [12, 10, 9, 8]
-    blocks = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in zip(widths, widths[1:], strict=False)]
+    blocks = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(widths)]
     return nn.Sequential(*blocks, nn.Linear(8, 3))
 
 
 def batches(count, samples=8, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(samples, 12, generator=generator), torch.randint(0, 3, (samples,), generator=generator)) for _ in range(count)
+        (torch.randn(samples, 12, generator=generator), torch.randint(0, 3, (samples,), generator=generator))
+        for _ in range(count)
     ]
 
 
@@ -209,7 +226,11 @@ def test_the_update_takes_missing_gradients_for_zeros_of_others_batches():
 
 def images(name, size):
     torch.manual_seed(0)
-    return lf.models.build(name, input_shape=(3, size, size), classes=4), torch.randn(6, 3, size, size), torch.randint(0, 4, (6,))
+    return (
+        lf.models.build(name, input_shape=(3, size, size), classes=4),
+        torch.randn(6, 3, size, size),
+        torch.randint(0, 4, (6,)),
+    )
 
 
 def text():

@@ -13,6 +13,7 @@ from lockfree.rules.decoupled_greedy import DecoupledGreedy
 from lockfree.rules.direct_feedback_alignment import DirectFeedbackAlignment
 from lockfree.rules.direct_random_targets import DirectRandomTargets
 from lockfree.rules.feedback_alignment import FeedbackAlignment
+from lockfree.rules.forward_forward import ForwardForward
 from lockfree.rules.hsic_bottleneck import HSICBottleneck
 from lockfree.rules.info_pro import InfoPro
 from lockfree.rules.local_loss import LocalLoss
@@ -31,6 +32,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "frsf": partial(SignSymmetry, magnitude="fixed"),
     "dfa": DirectFeedbackAlignment,
     "drtp": DirectRandomTargets,
+    "ff": ForwardForward,
     "hsic": HSICBottleneck,
     "predsim": LocalLoss,
     "pred": partial(LocalLoss, loss="pred"),
@@ -69,6 +71,7 @@ __all__ = [
     "DirectFeedbackAlignment",
     "DirectRandomTargets",
     "FeedbackAlignment",
+    "ForwardForward",
     "HSICBottleneck",
     "InfoPro",
     "LocalLoss",
