@@ -19,7 +19,28 @@ from torch.nn import functional as F
 import lockfree as lf
 from lockfree.experiment import OPTIMIZERS
 
-RULES = ["backprop", "cdni", "dni", "fa", "dfa", "hsic", "frozen"]
+RULES = [
+    "backprop",
+    "checkpoint",
+    "cdni",
+    "dni",
+    "fa",
+    "usf",
+    "brsf",
+    "frsf",
+    "dfa",
+    "drtp",
+    "predsim",
+    "pred",
+    "sim",
+    "mono",
+    "dgl",
+    "infopro",
+    "auglocal",
+    "ff",
+    "hsic",
+    "frozen",
+]
 RATES = [3e-4, 1e-3, 3e-3]
 SHARED, SEEDS, EPOCHS, BATCH, HELD_OUT = 1e-3, [0, 1, 2], 5, 256, 10_000
 

@@ -224,6 +224,8 @@ def goodness(s, y, p):
 
 def greedy(convolutions, hidden):
     def formula(s, y, p):
+        if s.index == s.count - 2:  # the block below the classifier has a twin of it
+            return s.loss(Piece(s.model, s.count - 1).with_weights(p, y), s.t)
         if by_place(s, y):
             for _ in range(hidden):
                 y = linear(y, p).relu()
@@ -634,9 +636,8 @@ def test_maps_of_labels_are_compared_label_by_label():
 
 def test_classifiers_see_2048_pooled_features():
     def make():
-        return nn.Sequential(
-            nn.Conv2d(1, 33, 3, padding=1), nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(33, CLASSES))
-        )
+        top = nn.Sequential(nn.Flatten(), nn.Linear(2 * 64, CLASSES))
+        return nn.Sequential(nn.Conv2d(1, 33, 3, padding=1), nn.Conv2d(33, 2, 3, padding=1), top)
 
     x = draw(4, 1, 8, 8)
     assert_descends(LocalLoss(loss="pred"), heads(PRED), make, x, labels(4), F.cross_entropy)
@@ -1102,3 +1103,41 @@ def test_digits_are_told_apart(name):
     )
     lf.Trainer(learner).fit(lf.data.TensorLoader(*data.train, batch_size=64, drop_last=True), epochs=4)
     assert lf.evaluate(learner, [data.test]).accuracy > 0.9
+
+
+# ---- right below a plain readout -----------------------------------------------------------------------------------------------
+
+
+def pooling(top=None):
+    convolutions = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.Tanh()) for a, b in ((1, 4), (4, 5))]
+    return nn.Sequential(*convolutions, top or nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, CLASSES)))
+
+
+@pytest.mark.parametrize("rule", [LocalLoss(loss="pred"), DecoupledGreedy()])
+def test_the_block_below_a_pooling_readout_learns_for_that_readout(rule):
+    x, t = KINDS["images"][1:3]
+    model = built(pooling)
+    learner = learner_of(model, rule, x, scatter=False)
+    twin = learner.cells[1].auxiliary[0]
+    twin = twin.classifier if isinstance(rule, LocalLoss) else twin
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in model[2].parameters()]
+    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
+    weight, bias = (p.detach().clone() for p in twin.parameters())
+    out = model[1](model[0](x).detach())
+    wanted = torch.autograd.grad(F.cross_entropy(out.mean((2, 3)) @ weight.T + bias, t), list(model[1].parameters()))
+    found = learner.gradients(x, t)
+    for name, gradient in zip(("1.0.weight", "1.0.bias"), wanted, strict=True):
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_a_head_of_more_than_one_layer_is_no_readout():
+    deep = nn.Sequential(nn.Flatten(), nn.Linear(180, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+    for top in (deep, nn.Sequential(nn.Conv2d(5, CLASSES, 6), nn.Flatten())):
+        learner = learner_of(built(lambda top=top: pooling(copy.deepcopy(top))), DecoupledGreedy(), KINDS["images"][1])
+        assert len(list(learner.cells[1].auxiliary.parameters())) == len(list(learner.cells[0].auxiliary.parameters()))
+
+
+def test_a_readout_that_sees_all_leaves_the_classifier_as_the_paper_has_it():
+    model = built(lambda: pooling(nn.Sequential(nn.Flatten(), nn.Linear(180, CLASSES))))
+    learner = learner_of(model, LocalLoss(loss="pred"), KINDS["images"][1], scatter=False)
+    assert all(isinstance(cell.auxiliary[0].classifier, Head) for cell in learner.cells[:-1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lockfree.chain import Block
 from lockfree.rule import Context, Needs, Place, Rule, Site
 from lockfree.values import Credit
 
@@ -122,6 +123,26 @@ class HeadRule(LocalRule):
     def local_loss(self, context: Context, network: nn.ModuleList, outputs: list[Tensor]) -> Tensor:
         losses = [self.head_loss(context, head, y) for head, y in zip(network, outputs, strict=True)]
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
+def twin_of_readout(site: Site, y: Tensor) -> nn.Module | None:
+    """Returns a copy of the top block for the block right below it, if all that it does is to read classes off.
+
+    A readout may see less than its input holds (means over places, say); who learns for it has to look the same way.
+
+    Args:
+        site: Where the block stands.
+        y: An example of what it hands up.
+
+    Returns:
+        The copy, or ``None``: the block is further down, or what is above has more than one layer with weights.
+    """
+    if site.place.index != site.place.count - 2 or site.handed_up is not y:
+        return None
+    (top,) = site.above
+    assert isinstance(top, Block)
+    holders = [module for module in top.modules() if any(True for _ in module.parameters(recurse=False))]
+    return top.copy() if len(holders) == 1 and isinstance(holders[0], nn.Linear) else None
 
 
 def _learning(network: nn.Module) -> list[nn.Parameter]:

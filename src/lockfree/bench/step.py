@@ -22,7 +22,7 @@ _BATCH, _CLASSES = 256, 10
 def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, Any]:
     """Times training steps on batches of 256 random images.
 
-    The MLP is 784-256-256-256-10 with BatchNorm; the CNN is the package's small one on 28 x 28. Both sides of a pair have the
+    The MLP is 784-256-256-256-10 with BatchNorm; the CNN and LeNet are the package's own, on 28 x 28. Both sides of a pair have the
     command line's own optimizer (fused Adam) unless the name says sgd (with momentum) or adam (PyTorch's default form, slower on
     a CPU). Each pair is timed in turn, so that each is measured beside what it is compared with and nothing else.
 
@@ -47,10 +47,14 @@ def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, 
         "dni_over_backprop_mlp": ("mlp", "dni", "backprop", "fused"),
         "dfa_over_plain_mlp": ("mlp", "dfa", None, "fused"),
         "fa_over_plain_mlp": ("mlp", "fa", None, "fused"),
+        "usf_over_plain_mlp": ("mlp", "usf", None, "fused"),
+        "dfa_over_plain_lenet": ("lenet", "dfa", None, "fused"),
+        "fa_over_plain_lenet": ("lenet", "fa", None, "fused"),
+        "usf_over_plain_lenet": ("lenet", "usf", None, "fused"),
         "hsic_over_plain_mlp": ("mlp", "hsic", None, "fused"),
     }
     found: dict[str, list[float]] = {name: [] for name in pairs}
-    plain: dict[str, list[float]] = {"mlp": [], "cnn": []}
+    plain: dict[str, list[float]] = {model: [] for model, *_ in pairs.values()}
     for _, (name, (model, over, under, optimizer)) in itertools.product(range(repeats), pairs.items()):
         make = STEP_OPTIMIZERS[optimizer]
         things = {"over": learner_step(model, over, device, make), "under": _step_of(model, under, device, make)}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lockfree.local import BatchNorm1d, BatchNorm2d, HeadRule, as_input_of
+from lockfree.local import BatchNorm1d, BatchNorm2d, HeadRule, as_input_of, twin_of_readout
 from lockfree.rule import Card, Context, Site
 from lockfree.values import by_place
 
@@ -64,7 +64,9 @@ class DecoupledGreedy(HeadRule):
                 raise ValueError(f"{name}={getattr(self, name)}: give 0 or more")
 
     def head(self, site: Site, y: Tensor) -> nn.Module:
-        scores = site.scores
+        scores, twin = site.scores, twin_of_readout(site, y)
+        if twin is not None:
+            return twin
         if by_place(y, scores):
             width = y.shape[2]
             return _perceptron([width] * (1 + self.hidden) + [scores.shape[2]], normalised=False)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree.choose import choose
-from lockfree.local import HeadRule, as_input_of
+from lockfree.local import HeadRule, as_input_of, twin_of_readout
 from lockfree.readouts import Head
 from lockfree.rule import Card, Context, Site
 from lockfree.targets import target_rows
@@ -22,11 +22,21 @@ _TITLES = {"predsim": "Local prediction and similarity loss", "pred": "Local pre
 class _LocalHeads(nn.Module):
     """The linear classifier and the map whose outputs are to be alike within a class, as far as they are wanted."""
 
-    def __init__(self, y: Tensor, scores: Tensor, *, predicts: bool, compares: bool) -> None:
+    def __init__(self, site: Site, y: Tensor, *, predicts: bool, compares: bool) -> None:
         super().__init__()
-        self.by_place = by_place(y, scores)
-        self.classifier = Head(y, scores) if predicts else None
+        self.by_place = by_place(y, site.scores)
+        self.classifier = _classifier(site, y) if predicts else None
         self.map = _map_like(y) if compares else None
+
+
+def _classifier(site: Site, y: Tensor) -> nn.Module:
+    """Returns a linear classifier; right below a readout that sees less than it would, means over places say, one that looks like it."""
+    head, twin = Head(y, site.scores), twin_of_readout(site, y)
+    return twin if twin is not None and _weights(twin) < _weights(head) else head
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _map_like(y: Tensor) -> nn.Module:
@@ -65,7 +75,7 @@ class LocalLoss(HeadRule):
     """
 
     loss: str = "predsim"
-    balance: float = 0.99
+    balance: float = 0.5
     rows: int = 1024
 
     card: ClassVar[Card] = Card(
@@ -92,13 +102,13 @@ class LocalLoss(HeadRule):
 
     def head(self, site: Site, y: Tensor) -> nn.Module:
         predicts, compares = _PARTS[self.loss]
-        return _LocalHeads(y, site.scores, predicts=predicts, compares=compares)
+        return _LocalHeads(site, y, predicts=predicts, compares=compares)
 
     def head_loss(self, context: Context, head: _LocalHeads, y: Tensor) -> Tensor:
         assert context.loss is not None
         pred = sim = None
         if head.classifier is not None:
-            pred = context.loss(head.classifier(y))
+            pred = context.loss(head.classifier(as_input_of(head.classifier, y)))
         if head.map is not None:
             mapped = head.map(as_input_of(head.map, y))
             sim = F.mse_loss(similarity(self._rows(mapped, head)), self._wanted(context, head).to(mapped.dtype))
