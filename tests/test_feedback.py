@@ -1112,3 +1112,34 @@ def test_a_transformer_learns(make, cut, rule):
     losses = [learner.step(x, y).loss for _ in range(30)]
     assert np.mean(losses[-3:]) < 0.85 * np.mean(losses[:3])
     assert_untouched(model)
+
+
+class Positions(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.embed, self.positions = nn.Linear(4, 6), nn.Parameter(torch.randn(shape))
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.embed(x) + self.positions)).mean(1)
+
+
+@pytest.mark.parametrize("blocks", [None, []])
+def test_what_is_added_to_every_sample_alike_needs_no_feedback(blocks):
+    x, y = torch.randn(5, 7, 4), torch.randint(0, 3, (5,))
+    options = {"loss": F.cross_entropy, "optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "blocks": blocks, "example_input": x}
+    model = Positions((1, 7, 6))
+    learner = lf.convert(model, "fa", **options)
+    (feedback,) = [
+        one.feedbacks[-1].weights
+        for one in (cell.auxiliary for cell in learner.cells)
+        if one.feedbacks[-1].weights.shape[0] == 3
+    ]
+    found = learner.gradients(x, y)["positions"]
+    scores = model(x)
+    error = torch.autograd.grad(F.cross_entropy(scores, y), scores)[0]
+    hidden = torch.tanh(model.embed(x) + model.positions).detach()
+    wanted = ((error[:, None] / 7) @ feedback * (1 - hidden**2)).sum(0, keepdim=True)
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(ValueError, match="first dimension of 1"):
+        lf.convert(Positions((7, 6)), "fa", **options)

@@ -361,7 +361,7 @@ class FeedbackWeights(nn.Module):
             form = _FORMS.get(type(layer))
             if form is not None and form.whole:
                 spoken_for |= {id(inner) for inner in layer.modules()}
-            own = [key for key, value in layer.named_parameters(recurse=False) if value.dim() > 1]
+            own = [key for key, value in layer.named_parameters(recurse=False) if _may_be_transposed(value, form)]
             if not own and (form is None or not form.whole):
                 continue
             if form is None or (own != ["weight"] and not form.whole):
@@ -404,12 +404,19 @@ class _InForce:
             layer.__dict__.pop("forward", None)
 
 
+def _may_be_transposed(parameter: Tensor, form: _Form | None = None) -> bool:
+    """Whether credit may have to pass a parameter's transpose; not where it is as wide as a sample, added or put beside each."""
+    beside = form is None and parameter.dim() > 2 and parameter.shape[0] == 1
+    return parameter.dim() > 1 and not beside
+
+
 def _refusal(rule: str, name: str, layer: nn.Module, matrices: list[str]) -> str:
     kind = type(layer).__name__
     if matrices != ["weight"]:
         return (
             f"{rule} serves layers with one matrix, called weight; {kind} ('{name}') has {', '.join(matrices)}: build it from "
-            "such layers, or register one with register_feedback"
+            "such layers, register one with register_feedback, or, if it is only added (a position, a token), give it a first "
+            "dimension of 1"
         )
     return (
         f"{rule} does not know how a {kind} ('{name}') sends credit down: register it with "
@@ -440,10 +447,11 @@ class FeedbackRule(Rule):
         rule, layers = self.card.title.lower(), list(site.block.layers())
         owned = {id(parameter) for _, layer in layers for parameter in layer.parameters(recurse=False)}
         for parameter in site.block.parameters():
-            if parameter.dim() > 1 and id(parameter) not in owned:
+            if _may_be_transposed(parameter) and id(parameter) not in owned:
                 raise ValueError(
                     f"{rule} cannot tell how a weight of shape {tuple(parameter.shape)} is used in block {site.place.index}: a "
-                    "function takes it, not a layer of that block; call a layer such as nn.Linear instead"
+                    "function takes it, not a layer of that block; call a layer such as nn.Linear instead, or, if it is only added (a "
+                    "position, a token), give it a first dimension of 1"
                 )
         return FeedbackWeights(layers, make=self.feedback, rule=rule)
 
