@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lockfree as lf
 from lockfree import models
 from lockfree.chain import Chain
 from lockfree.cut import CannotCutError
@@ -670,3 +671,19 @@ def test_blocks_must_be_the_same_in_training_and_evaluation():
     with pytest.raises(CannotCutError, match="runs 3 of the blocks in training and 2 in other modes"):
         Chain(Auxiliary())
     assert len(Chain(Auxiliary(), ["head"])) == 2
+
+
+def test_the_first_step_holds_no_more_than_the_next():
+    """Blocks of PyTorch's own layers are not given a copy of their input to find out whether they change it."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Tanh()) for _ in range(6)]
+    model = nn.Sequential(*blocks, nn.Linear(32, 3))
+    learner = lf.convert(model, "backprop", loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    x, y = torch.randn(64, 32), torch.randint(0, 3, (64,))
+    peaks = []
+    for _ in range(2):
+        meter = ActivationMeter(model)
+        with meter.watch():
+            learner.step(x, y)
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1]

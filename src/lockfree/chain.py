@@ -98,6 +98,9 @@ class Block(nn.Module):
 
     def _first_call(self, mode: tuple[bool, ...], values: Values) -> Values:
         """Finds out whether the block changes its input in place; what crosses a border is shared with the block below."""
+        if _leaves_inputs_alone(self._forms.of(mode)[self._index].body):
+            self._mutates[mode] = False
+            return self._call(mode, values)
         copies = clone(values)
         before = [tensor._version for tensor in tensors(copies)]
         outputs = self._call(mode, copies)
@@ -126,6 +129,14 @@ class Block(nn.Module):
         for name, module in self._model[0].named_modules():
             if id(module) in inside:
                 yield name, module
+
+
+def _leaves_inputs_alone(body: nn.Module) -> bool:
+    """Whether that is known from what a body is made of: PyTorch's own layers say so when they work in place."""
+    return all(
+        type(m).__module__.startswith("torch.nn.") and not (getattr(m, "inplace", False) or m._forward_pre_hooks)
+        for m in body.modules()
+    )
 
 
 def _run(piece: Piece, values: Values) -> Values:

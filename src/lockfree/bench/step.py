@@ -15,6 +15,7 @@ from lockfree.bench.timing import interleaved, ratio
 from lockfree.experiment import OPTIMIZERS
 from lockfree.learner import OptimizerFactory, convert
 from lockfree.rule import Rule
+from lockfree.rules import RULES
 
 _BATCH, _CLASSES = 256, 10
 
@@ -38,20 +39,14 @@ def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, 
         Ratios by name, the spread of each, milliseconds of the plain steps, and what the machine was.
     """
     pairs = {
-        "backprop_over_plain_mlp": ("mlp", "backprop", None, "fused"),
         "backprop_over_plain_mlp_sgd": ("mlp", "backprop", None, "sgd"),
         "backprop_over_plain_cnn": ("cnn", "backprop", None, "fused"),
         "cdni_over_backprop_mlp": ("mlp", "cdni", "backprop", "fused"),
         "cdni_over_backprop_mlp_sgd": ("mlp", "cdni", "backprop", "sgd"),
         "cdni_over_backprop_mlp_adam": ("mlp", "cdni", "backprop", "adam"),
         "dni_over_backprop_mlp": ("mlp", "dni", "backprop", "fused"),
-        "dfa_over_plain_mlp": ("mlp", "dfa", None, "fused"),
-        "fa_over_plain_mlp": ("mlp", "fa", None, "fused"),
-        "usf_over_plain_mlp": ("mlp", "usf", None, "fused"),
-        "dfa_over_plain_lenet": ("lenet", "dfa", None, "fused"),
-        "fa_over_plain_lenet": ("lenet", "fa", None, "fused"),
-        "usf_over_plain_lenet": ("lenet", "usf", None, "fused"),
-        "hsic_over_plain_mlp": ("mlp", "hsic", None, "fused"),
+        **{f"{rule}_over_plain_lenet": ("lenet", rule, None, "fused") for rule in ("fa", "usf", "dfa")},
+        **{f"{rule}_over_plain_mlp": ("mlp", rule, None, "fused") for rule in RULES},
     }
     found: dict[str, list[float]] = {name: [] for name in pairs}
     plain: dict[str, list[float]] = {model: [] for model, *_ in pairs.values()}
