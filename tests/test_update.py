@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lockfree as lf
+import lockfree.experiment
 from lockfree.models.transformer import gpt
 from lockfree.update import Update
 
@@ -275,3 +276,15 @@ def test_real_models_learn_under_autocast_with_gathering_clipping_and_a_schedule
     moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
     assert len(moved) > 0.6 * len(before)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in model.parameters())
+
+
+def test_the_command_line_gathers_and_clips(tmp_path):
+    common = {"data": "digits", "epochs": 1, "batch_size": 128, "optimizer": "sgd", "learning_rate": 0.05}
+    plain, gathered, clipped = (
+        lf.experiment.Experiment(**common, **more).run()["test_loss"]
+        for more in ({}, {"accumulate": 4}, {"accumulate": 4, "clip_norm": 1e-3})
+    )
+    assert plain < gathered < clipped
+    for wrong in ({"accumulate": 0}, {"clip_norm": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            lf.experiment.Experiment(**wrong)

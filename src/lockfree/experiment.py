@@ -54,6 +54,8 @@ class Settings:
         optimizer: adam, or sgd (with momentum 0.9).
         learning_rate: Of the blocks' optimizer, above 0.
         decay: How it goes from epoch to epoch: cosine (half a cosine down to 0 at the end of the last one) or constant.
+        accumulate: Batches whose mean gradient makes one step of the optimizer, 1 or more.
+        clip_norm: Longest gradient of the network's parameters, above 0; any if left out.
         seed: Decides initial weights, the order of the data and dropout.
         device: Where to train: cpu, cuda, cuda:1, ...
         probe: What looks on along training, with commas: information, activations.
@@ -66,6 +68,8 @@ class Settings:
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     decay: str = "cosine"
+    accumulate: int = 1
+    clip_norm: float | None = None
     seed: int = 0
     device: str = "cpu"
     probe: str = ""
@@ -102,11 +106,13 @@ class Experiment(RuleSettings):
     fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1)):
+        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm={self.clip_norm}: give a number above 0")
         choose(OPTIMIZERS, self.optimizer, "optimizer")
         choose(DECAYS, self.decay, "decay")
         models.check(self.model)
@@ -136,6 +142,8 @@ class Experiment(RuleSettings):
             example_input=dataset.train.inputs[:2],
             schedule=self.schedule,
             links=Link(delay=self.delay),
+            accumulate=self.accumulate,
+            clip_norm=self.clip_norm,
         )
 
     def run(self, folder: Path | None = None, *, resume: bool = False, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
