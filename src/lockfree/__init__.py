@@ -4,6 +4,7 @@
 """
 
 from lockfree import data, hsic, models, probes, rules, synthesisers
+from lockfree.advise import Advice, advise
 from lockfree.chain import Block, Chain
 from lockfree.cut import CannotCutError
 from lockfree.learner import Learner, StepResult, convert
@@ -18,6 +19,7 @@ __version__ = version()
 
 __all__ = [
     "Action",
+    "Advice",
     "Block",
     "CannotCutError",
     "Card",
@@ -40,6 +42,7 @@ __all__ = [
     "Summary",
     "Trained",
     "Trainer",
+    "advise",
     "convert",
     "data",
     "evaluate",

@@ -1,4 +1,4 @@
-"""The command line: `lockfree train`, `compare`, `rules`, `cite`, `data`, `bench`, `reproduce`."""
+"""The command line: `lockfree train`, `compare`, `advise`, `rules`, `cite`, `data`, `bench`, `reproduce`."""
 
 import contextlib
 import io
@@ -13,13 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 import tyro
+from torch.nn import functional as F
 
 from lockfree import data, recipes
+from lockfree.advise import advise, parse_memory
+from lockfree.advise.own_model import make_model
 from lockfree.bench import BENCHMARKS
 from lockfree.choose import choose, unknown
-from lockfree.console import download, human_bytes, print_table, progress, short, trials
-from lockfree.experiment import Experiment, RuleSettings, Settings, check_device, entry, load_once, parse_fields, write_report
+from lockfree.console import candidates, download, human_bytes, print_table, progress, short, trials
+from lockfree.experiment import (
+    OPTIMIZERS,
+    Experiment,
+    RuleSettings,
+    Settings,
+    check_device,
+    entry,
+    load_once,
+    parse_fields,
+    write_report,
+)
 from lockfree.rule import LOCKS, Place, locks
 from lockfree.rules import RULES, get
 from lockfree.run import Run
@@ -76,6 +90,7 @@ def _commands() -> dict[str, type[Command]]:
     return {
         "train": Train,
         "compare": Compare,
+        "advise": Advise,
         "rules": Rules,
         "cite": Cite,
         "data": Data,
@@ -180,7 +195,9 @@ class Train(RuleSettings):
             raise ValueError("--resume needs the folder of the run: give --out")
         before = Run.open(self.out).config
         for name, value in experiment.config().items():
-            if name != "epochs" and json.dumps(before.get(name)) != json.dumps(value):
+            if name != "epochs" and json.dumps(before.get(name, value)) != json.dumps(
+                value
+            ):  # an older run lacks newer settings
                 raise ValueError(
                     f"{self.out} was started with {name}={before.get(name)}, not {value}: leave it out, or choose another --out"
                 )
@@ -248,6 +265,87 @@ class Compare(Settings):
                     f"{self.out} was started with {name}={run.config.get(name)}, not {value}: choose another --out"
                 )
         return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advise:
+    """Measure what could replace backprop for a model of your own, and say whether anything should.
+
+    Attributes:
+        model: Your model, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION: a function that returns it, given nothing or
+            (input_shape, classes); or one of the package's: mlp, cnn, lenet, vgg8b, resnet20, vit.
+        memory: What training may take, such as 2GB or 512MiB; no limit if left out.
+        data: Data set; `lockfree data list` lists them. One in five of its training samples, 5,000 at most, is held out to score on.
+        rules: Names of rules to measure beside backprop and checkpoint, with commas; all of them if left out.
+        blocks: Where to cut: auto (the children, and other cuts where that is deep or memory is tight), children, a number of
+            blocks, or names of modules to begin at, with commas.
+        batch_size: Samples in a step, 1 or more.
+        optimizer: adam, or sgd (with momentum 0.9).
+        learning_rate: Of the blocks' optimizer, above 0.
+        seconds: About how long all of it may take.
+        steps: How many steps to train each rule for instead, however long that takes.
+        seed: Decides initial weights, what is held out, the order of the data and dropout.
+        device: Where to measure: cpu, cuda, cuda:1, ...
+        json: Print one JSON object.
+    """
+
+    model: tyro.conf.Positional[str]
+    memory: str | None = None
+    data: str = "fashion-mnist"
+    rules: str | None = None
+    blocks: str = "auto"
+    batch_size: int = 256
+    optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    seconds: float = 150.0
+    steps: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    json: bool = False
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Measures, and prints the advice."""
+        rules = None if self.rules is None else _names(self.rules)
+        for name in rules or ():
+            _known_rule(name)
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate}: give a number above 0")
+        make = choose(OPTIMIZERS, self.optimizer, "optimizer")
+        memory = None if self.memory is None else parse_memory(self.memory)
+        check_device(self.device)
+        dataset = load_once(self.data, self.device)
+        torch.manual_seed(self.seed)
+        model = make_model(self.model, dataset.input_shape, len(dataset.classes)).to(self.device)
+        with candidates(quiet=self.json) as show:
+            advice = advise(
+                model,
+                *dataset.train,
+                F.cross_entropy,
+                optimizer=lambda parameters: make(parameters, lr=self.learning_rate),
+                memory=memory,
+                rules=rules,
+                blocks=_blocks(self.blocks),
+                batch_size=self.batch_size,
+                seconds=self.seconds,
+                steps=self.steps,
+                seed=self.seed,
+                progress=show,
+            )
+        if self.json:
+            print(json.dumps({"model": self.model, "data": self.data, "device": self.device} | advice.to_dict()))
+            return
+        print(advice)
+
+
+def _blocks(written: str) -> str | int | list[str] | None:
+    """Reads where to cut."""
+    if written in ("auto", "children"):
+        return None if written == "children" else written
+    return int(written) if written.isdecimal() else _names(written)
+
+
+def _names(written: str) -> list[str]:
+    return [name.strip() for name in written.split(",") if name.strip()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +441,7 @@ class Bench:
     """Measure speed, as ratios of things timed in turn in one process.
 
     Args:
-        name: Which benchmark: step, synthetic or hsic.
+        name: Which benchmark: step, synthetic, hsic or memory.
         json: Print one JSON object.
     """
 

@@ -114,6 +114,39 @@ def trials(count: int, *, quiet: bool, label: str) -> Iterator[Callable[[Any, di
         yield lambda trial, result: bar.update(task, advance=1, now=_told(trial, result))
 
 
+@contextlib.contextmanager
+def candidates(*, quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Shows what an advice is measuring: a bar on a terminal, a line each when piped, standard output left to --json."""
+    stream = sys.stderr if quiet else sys.stdout
+    if not stream.isatty():
+        yield lambda stage, number, count, name: print(f"{stage} {number}/{count}: {name}", file=stream, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=Console(file=stream)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, number: int, count: int, name: str) -> None:
+            for other, task in tasks.items():
+                if other != stage:  # what was begun before is done
+                    bar.update(task, completed=bar.tasks[task].total, now="")
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=count, now="")
+            bar.update(tasks[stage], completed=number - 1, total=count, now=name)
+
+        yield show
+        for task in tasks.values():
+            bar.update(task, completed=bar.tasks[task].total, now="")
+
+
 def _told(trial: Any, result: dict[str, Any]) -> str:
     place = "" if trial.x is None else f" {trial.x:g},"
     what = f"{trial.panel}, {trial.series},{place} seed {trial.seed}"
