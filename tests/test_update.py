@@ -248,8 +248,11 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("rule", [name for name in lf.rules.RULES if name not in ("hsic", "dni", "cdni")])
-@pytest.mark.parametrize("name", ["resnet20", "vit", "gpt"])
+SMALL = [(name, rule) for name in ("resnet20", "vit", "gpt") for rule in lf.rules.RULES if rule not in ("hsic", "dni", "cdni")]
+LARGE = [("vgg8b", rule) for rule in ("fa", "predsim", "auglocal", "ff")]
+
+
+@pytest.mark.parametrize(("name", "rule"), [*SMALL, *LARGE])
 def test_real_models_learn_under_autocast_with_gathering_clipping_and_a_schedule(name, rule):
     model, x, y = REAL[name]()
     loss = (lambda scores, target: F.cross_entropy(scores.transpose(1, 2), target)) if name == "gpt" else F.cross_entropy
