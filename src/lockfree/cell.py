@@ -389,9 +389,19 @@ class Cell:
 
 def _backward(made: tuple[Tensor, ...], credit: list[Tensor | None], inputs: tuple[Tensor, ...] | None) -> None:
     """Takes the gradients of parameters and inputs, or of these inputs alone, where there is credit; empties the list of it."""
-    wanted = [y for y, given in zip(made, credit, strict=True) if given is not None]
-    if wanted and inputs != ():
-        _Delivery.apply(credit, *wanted).backward(inputs=inputs)
+    pairs = [(y, given) for y, given in zip(made, credit, strict=True) if given is not None]
+    if not pairs or inputs == ():
+        return
+    if sum(given.nbytes for _, given in pairs) < _WORTH_DELIVERING:
+        torch.autograd.backward([y for y, _ in pairs], [given.to(y.dtype) for y, given in pairs], inputs=inputs)
+        return
+    wanted = [y for y, _ in pairs]
+    pairs.clear()
+    _Delivery.apply(credit, *wanted).backward(inputs=inputs)
+
+
+_WORTH_DELIVERING = 2**20
+"""Bytes of credit from which on holding it for a moment longer costs more than a call of Python."""
 
 
 class _Delivery(torch.autograd.Function):
