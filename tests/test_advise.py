@@ -467,7 +467,7 @@ def test_rules_of_one_s_own():
         ({"model": nn.Linear(7, CLASSES)}, ValueError, r"Linear does not take these inputs, float32 \(64, 6\): mat1 and mat2"),
         ({"loss": lambda scores, y: scores}, ValueError, "the loss must return one scalar tensor"),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_what_is_wrong_with_the_call_is_said_at_once(settings, error, words):
     x, y = data()
