@@ -84,6 +84,8 @@ PAIRS = [
 def test_every_rule_trains_under_autocast(rule, schedule, model):
     """All of the state stays finite and in float32; on the batch that it sees all the time the network gets better."""
     case = MODELS[model]
+    if rule.name.startswith("ff") and model == "unet":
+        pytest.skip("Forward-Forward wants borders of one tensor")
     learner = learner_for(case, rule.make(), schedule=schedule)
     (batch,) = case.batches(1, samples=16)
     before = cases.copy_of(learner.model)
@@ -158,7 +160,7 @@ def test_every_rule_keeps_double_precision(rule, model):
     """All of the state is float64, carries more digits than float32 has, and follows the float32 run."""
     case = MODELS[model]
     if model in rule.refuses:
-        with pytest.raises(ValueError, match="one input tensor"):
+        with pytest.raises(ValueError, match="one input tensor|Forward-Forward wants|writes the label"):
             learner_for(case, rule.make())
         return
     made = rule.make()

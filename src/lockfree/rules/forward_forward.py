@@ -33,17 +33,21 @@ class _Activity(nn.Module):
         self.classes = classes
         self.running_mean: Tensor
         self.running_count: Tensor
-        self.register_buffer("running_mean", y.new_zeros(_units(y).shape[1], dtype=torch.float32))
-        self.register_buffer("running_count", torch.zeros((), device=y.device))
+        self.register_buffer("running_mean", y.new_zeros(_units(y).shape[1], dtype=_at_least_float32(y)))
+        self.register_buffer("running_count", y.new_zeros((), dtype=_at_least_float32(y)))
 
     def unevenness(self, z: Tensor, momentum: float) -> Tensor:
         """Takes a batch in, and returns the variance over units of their mean activity."""
-        mean = self.running_mean.lerp(_units(z).float().mean(0), 1 - momentum)
+        mean = self.running_mean.lerp(_units(z).to(self.running_mean.dtype).mean(0), 1 - momentum)
         with torch.no_grad():
             self.running_mean.copy_(mean)
             self.running_count += 1
         unbiased = mean / (1 - momentum**self.running_count)  # the first mean was zero, and nobody's
         return (unbiased - unbiased.mean()).square().mean()
+
+
+def _at_least_float32(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)
 
 
 def _units(z: Tensor) -> Tensor:
@@ -211,7 +215,7 @@ class ForwardForward(Rule):
 
     def logits(self, z: Float[Tensor, "m ..."]) -> Float[Tensor, " m"]:
         """Returns l, by which each sample's label is taken for right."""
-        z = z.flatten(1).float()
+        z = z.flatten(1).to(_at_least_float32(z))
         return (z.square().mean(1) - self.threshold) * math.sqrt(z.shape[1])
 
     def predict(self, trained: Trained, inputs: Values) -> Values:
@@ -235,7 +239,7 @@ def _outputs(trained: Trained, x: Tensor) -> Iterator[Tensor]:
 
 def _without_length(x: Tensor) -> Tensor:
     """Returns each sample divided by the root of its mean square."""
-    size = x.flatten(1).float().square().mean(1).sqrt().clamp_min(1e-4).to(x.dtype)
+    size = x.flatten(1).to(_at_least_float32(x)).square().mean(1).sqrt().clamp_min(1e-4).to(x.dtype)
     return x / size.view(-1, *[1] * (x.dim() - 1))
 
 
