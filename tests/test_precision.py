@@ -160,7 +160,7 @@ def test_every_rule_keeps_double_precision(rule, model):
     """All of the state is float64, carries more digits than float32 has, and follows the float32 run."""
     case = MODELS[model]
     if model in rule.refuses:
-        with pytest.raises(ValueError, match="one input tensor|Forward-Forward wants|writes the label"):
+        with pytest.raises(ValueError, match=r"one input tensor|Forward-Forward wants|writes the label"):
             learner_for(case, rule.make())
         return
     made = rule.make()
