@@ -365,7 +365,7 @@ class Explodes(nn.Module):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_value_that_is_not_finite_in_a_middle_cell(rule):
     if rule == "ff":
-        pytest.skip("its samples with a neutral label, which the loss is taken of, run as in evaluation")
+        pytest.skip("each block is given samples of one length, however long they were")
     if rule == "fa":
         pytest.skip("feedback alignment is built from torch's own layers; Explodes holds one and is tested by the others")
     torch.manual_seed(0)
@@ -388,6 +388,35 @@ def test_a_loss_that_is_not_finite_by_itself_blames_no_cell():
         lf.Diverged, match=r"the loss is inf at step 1: cell 2 \(the top one\) gave finite scores, the loss itself"
     ):
         learner.step(*data())
+
+
+@pytest.mark.parametrize("update", ["tick", "block"])
+@pytest.mark.parametrize("rule", ["pred", "predsim", "dgl", "infopro", "auglocal", "ff"])
+def test_a_local_loss_that_is_not_finite_names_its_cell(rule, update):
+    where = "cell 1 \\('1'\\) gave finite values, the loss that"
+    assert_breaks_at(learner_of(rule, four_layers(), update=update), where, same_from=2 if update == "block" else 0)
+
+
+@pytest.mark.parametrize("rule", ["dni", "cdni"])
+def test_a_synthesiser_that_is_not_finite_misleads_the_one_below(rule):
+    assert_breaks_at(learner_of(rule, four_layers()), "cell 0 \\('0'\\) gave finite values, the loss that")
+
+
+def four_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+def assert_breaks_at(learner, where, same_from=0):
+    beside = learner.cells[1].auxiliary
+    with torch.no_grad():
+        for tensor in [*beside.parameters(), *beside.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(math.nan)
+    before = [parameter.clone() for parameter in learner.model.parameters()]
+    with pytest.raises(lf.Diverged, match=f"^a local loss is nan at step 1: {where}"):
+        learner.step(*data())
+    assert all(torch.equal(*pair) for pair in list(zip(learner.model.parameters(), before, strict=True))[same_from:])
 
 
 def test_a_frozen_cell_is_named_when_its_output_is_not_finite():

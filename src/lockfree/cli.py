@@ -438,7 +438,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Measure speed, as ratios of things timed in turn in one process.
+    """Measure speed or memory, as ratios of things measured in turn on this machine.
 
     Args:
         name: Which benchmark: step, synthetic, hsic or memory.

@@ -4,7 +4,10 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -47,17 +50,7 @@ def progress(epochs: int, *, quiet: bool, label: str = "training") -> Iterator[C
 
         yield line
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[now]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(file=stream)) as bar:
+    with _counting(stream) as bar:
         task = bar.add_task(label, total=epochs, now="")
 
         def advance(kind: str, values: dict[str, Any]) -> None:
@@ -98,18 +91,7 @@ def trials(count: int, *, quiet: bool, label: str) -> Iterator[Callable[[Any, di
 
         yield line
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
-    with Progress(*columns, console=Console(file=stream)) as bar:
+    with _counting(stream) as bar:
         task = bar.add_task(label, total=count, now="")
         yield lambda trial, result: bar.update(task, advance=1, now=_told(trial, result))
 
@@ -121,17 +103,7 @@ def candidates(*, quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]
     if not stream.isatty():
         yield lambda stage, number, count, name: print(f"{stage} {number}/{count}: {name}", file=stream, flush=True)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
-    with Progress(*columns, console=Console(file=stream)) as bar:
+    with _counting(stream) as bar:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, number: int, count: int, name: str) -> None:
@@ -145,6 +117,22 @@ def candidates(*, quiet: bool) -> Iterator[Callable[[str, int, int, str], None]]
         yield show
         for task in tasks.values():
             bar.update(task, completed=bar.tasks[task].total, now="")
+
+
+def _counting(stream: TextIO) -> "Progress":
+    """Makes a bar whose tasks count up, each with the time it took, the time it still needs, and a word of what is ``now``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    return Progress(*columns, console=Console(file=stream))
 
 
 def _told(trial: Any, result: dict[str, Any]) -> str:

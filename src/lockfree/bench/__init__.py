@@ -1,4 +1,4 @@
-"""Benchmarks: each measures things in turn in one process and returns ratios of medians; `lockfree bench NAME` runs one."""
+"""Benchmarks of speed and memory: each measures things in turn and returns ratios of medians; `lockfree bench NAME` runs one."""
 
 from collections.abc import Callable
 from typing import Any

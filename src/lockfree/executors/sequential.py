@@ -39,13 +39,14 @@ class Sequential(Executor):
         _learn(assembly, alone, batch, outcome)
         if not alone.place.top:
             made = assembly.links[cell].take(batch)
-            outcome.inputs[cell + 1, batch] = assembly.cells[cell + 1].learn_inputs_from(flight.inputs, made)
+            above = assembly.cells[cell + 1]
+            outcome.inputs[cell + 1, batch] = _finite(assembly, above, batch, above.learn_inputs_from(flight.inputs, made))
         if cell and assembly.cells[cell - 1].auxiliary_needs is not None:
             message = assembly.links[cell - 1].receive(batch) if alone.reports else None
             below, sample_losses = assembly.cells[cell - 1], assembly.sample_losses(batch)
             loss = below.learn_credit_at(batch, stand_in, flight, message, flight.error, sample_losses)
             if loss is not None:
-                outcome.auxiliary[cell - 1, batch] = loss
+                outcome.auxiliary[cell - 1, batch] = _finite(assembly, below, batch, loss)
         assembly.end(batch)
         assembly.update()
         return outcome
@@ -69,7 +70,8 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds
         flight.scores = detach(outputs)
     outcome.losses[batch] = flight.loss.detach()
     if not is_finite(outcome.losses[batch]):
-        raise Diverged(_where_it_broke(assembly, batch, flight.loss))
+        where = f"cell {index} (the top one) gave finite scores, the loss itself is not finite"
+        raise Diverged(_where_it_broke(assembly, batch, f"the loss is {flight.loss.item()}", where))
     return outputs
 
 
@@ -111,11 +113,20 @@ def _learn_auxiliary(assembly: Assembly, cell: Cell, batch: int, outcome: Outcom
     above, error = _credit_for(assembly, cell, needs, batch)
     loss = cell.learn_auxiliary(batch, above, error, assembly.sample_losses(batch) if cell.rule.wants_sample_losses() else None)
     if loss is not None:
-        outcome.auxiliary[cell.place.index, batch] = loss
+        outcome.auxiliary[cell.place.index, batch] = _finite(assembly, cell, batch, loss)
 
 
 def _learn_inputs(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
-    outcome.inputs[cell.place.index, batch] = cell.learn_inputs(batch, assembly.links[cell.place.index - 1].take(batch))
+    loss = cell.learn_inputs(batch, assembly.links[cell.place.index - 1].take(batch))
+    outcome.inputs[cell.place.index, batch] = _finite(assembly, cell, batch, loss)
+
+
+def _finite(assembly: Assembly, cell: Cell, batch: int, loss: Tensor) -> Tensor:
+    """Returns the loss of a network beside a block, unless it is not finite."""
+    if not is_finite(loss):
+        where = f"cell {cell.place.index} ('{cell.block.name}') gave finite values, the loss that it learns by is not"
+        raise Diverged(_where_it_broke(assembly, batch, f"a local loss is {loss.item()}", where))
+    return loss
 
 
 _ACTIONS = {
@@ -138,10 +149,9 @@ def _credit_for(assembly: Assembly, cell: Cell, needs: Needs | None, batch: int)
     return above, error
 
 
-def _where_it_broke(assembly: Assembly, batch: int, loss: Tensor) -> str:
+def _where_it_broke(assembly: Assembly, batch: int, what: str, otherwise: str) -> str:
     """Names the lowest cell whose output is not finite; the batch is run once more for that."""
-    where = f"cell {assembly.cells[-1].place.index} (the top one) gave finite scores, the loss itself is not finite"
-    values = assembly.flights[batch].inputs
+    where, values = otherwise, assembly.flights[batch].inputs
     with torch.no_grad():
         for cell in assembly.cells:
             values = cell.block(values)
@@ -149,6 +159,6 @@ def _where_it_broke(assembly: Assembly, batch: int, loss: Tensor) -> str:
                 where = f"cell {cell.place.index} ('{cell.block.name}') gave the first output that is not finite"
                 break
     return (
-        f"the loss is {loss.item()} at step {batch + 1}: {where}; look for bad values in the data, lower the learning rate, "
-        "or go on from the last checkpoint"
+        f"{what} at step {batch + 1}: {where}; look for bad values in the data, lower the learning rate, or go on from the last "
+        "checkpoint"
     )
