@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,25 +33,38 @@ def network() -> nn.Sequential:
     return nn.Sequential(*blocks, nn.Sequential(nn.Flatten(), nn.Linear(16 * CHANNELS[-1], 10)))
 
 
-def train(rule: str, seed: int, dataset: lf.data.Dataset) -> dict[str, Any]:
-    """Trains once, and returns the test accuracy in per cent and the seconds."""
+def full_set() -> lf.data.Dataset:
+    """Returns CIFAR-10, or ends the program where it is not there."""
+    dataset = lf.data.load("cifar10")
+    if len(dataset.train.inputs) != 50_000:
+        sys.exit("this table needs the full set: lockfree data fetch cifar10")
+    return dataset
+
+
+def accuracy(rule: str | lf.Rule, seed: int, train: lf.data.Split, test: lf.data.Split, *, epochs: int = EPOCHS) -> float:
+    """Trains once and returns the accuracy in per cent."""
     torch.manual_seed(seed)
     learner = lf.convert(
         network(),
         rule,
         loss=F.cross_entropy,
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3, fused=True),
-        example_input=dataset.train.inputs[:2],
+        example_input=train.inputs[:2],
     )
     half_cosine = torch.optim.lr_scheduler.LambdaLR(
-        learner.optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / EPOCHS))
+        learner.optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     )
-    started = time.process_time()
-    loader = lf.data.TensorLoader(*dataset.train, batch_size=BATCH, seed=seed)
-    lf.Trainer(learner, scheduler=half_cosine).fit(loader, epochs=EPOCHS)
-    found = lf.evaluate(learner, lf.data.TensorLoader(*dataset.test, batch_size=1000, shuffle=False))
+    loader = lf.data.TensorLoader(*train, batch_size=BATCH, seed=seed)
+    lf.Trainer(learner, scheduler=half_cosine).fit(loader, epochs=epochs)
+    found = lf.evaluate(learner, lf.data.TensorLoader(*test, batch_size=1000, shuffle=False))
     assert found.accuracy is not None
-    return {"test": 100 * found.accuracy, "processor_seconds": time.process_time() - started}
+    return 100 * found.accuracy
+
+
+def timed(rule: str, seed: int, dataset: lf.data.Dataset) -> dict[str, float]:
+    """Trains once, and returns the test accuracy in per cent and the seconds."""
+    started = time.process_time()
+    return {"test": accuracy(rule, seed, dataset.train, dataset.test), "processor_seconds": time.process_time() - started}
 
 
 def main() -> None:
@@ -63,9 +75,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dataset = lf.data.load("cifar10")
-    if len(dataset.train.inputs) != 50_000:
-        sys.exit("this table needs the full set: lockfree data fetch cifar10")
+    dataset = full_set()
     about = {
         "command": "python benchmarks/cifar10.py",
         "data": "CIFAR-10, JPEG copy, the full set",
@@ -79,7 +89,7 @@ def main() -> None:
             table = json.loads(arguments.out.read_text())["rules"] if arguments.out.exists() else {}
             found = table.get(rule, {"by_seed": {}})["by_seed"]
             if str(seed) not in found:
-                found[str(seed)] = train(rule, seed, dataset)
+                found[str(seed)] = timed(rule, seed, dataset)
                 print(rule, seed, json.dumps(found[str(seed)]), flush=True)
                 table = json.loads(arguments.out.read_text())["rules"] if arguments.out.exists() else {}
             table[rule] = {"mean": statistics.mean(run["test"] for run in found.values()), "by_seed": found}

@@ -477,7 +477,7 @@ def at_input(rule, layer, credit, *, seed=0, weights=None):
     torch.manual_seed(seed)
     weights = weights or stand_ins(rule, layer)
     x = torch.randn(len(credit), layer.in_features, dtype=credit.dtype, requires_grad=True)
-    with weights.in_force(torch.Generator().manual_seed(seed)):
+    with weights.in_force(seed):
         y = layer(x)
     return torch.autograd.grad(y, x, credit)[0]
 
@@ -488,8 +488,12 @@ def matrices_of(rule, layer, *, seed=0):
     torch.manual_seed(seed)
     if rule == SIGN():
         return (layer.weight.sign() * (bound / 3**0.5),)
-    generator = torch.Generator().manual_seed(seed) if rule == SIGN(magnitude="batchwise") else None
-    drawn = torch.empty(layer.weight.shape).uniform_(-bound, bound, generator=generator).double()  # in any precision the same
+    if rule == SIGN(magnitude="batchwise"):  # of each number of 64 bits its four of 16
+        words = torch.empty(-(-layer.weight.numel() // 4), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=torch.Generator().manual_seed(seed))
+        numbers = words.numpy().view("<i2")[: layer.weight.numel()].reshape(layer.weight.shape)
+        return (torch.from_numpy(np.abs(numbers * np.float32(bound / 2**15))).double() * layer.weight.sign(),)
+    drawn = torch.empty(layer.weight.shape).uniform_(-bound, bound).double()  # in any precision the same
     return (drawn if isinstance(rule, lf.rules.FeedbackAlignment) else drawn.abs() * layer.weight.sign(),)
 
 
@@ -689,7 +693,7 @@ def test_a_layer_that_is_called_twice_has_one_matrix_in_a_batch():
     layer = nn.Linear(4, 4, bias=False, dtype=F64)
     weights = stand_ins(SIGN(magnitude="batchwise"), layer)
     x = torch.randn(2, 4, 4, dtype=F64, requires_grad=True)
-    with weights.in_force(torch.Generator().manual_seed(3)):
+    with weights.in_force(3):
         y = torch.stack([layer(x[0]), layer(x[1])])
     (at_x,) = torch.autograd.grad(y, x, torch.eye(4, dtype=F64).expand(2, 4, 4))
     assert_same(at_x[0], at_x[1])
@@ -973,8 +977,8 @@ def test_under_autocast_gradients_are_float32_and_those_without_it_but_for_round
     credit = torch.randn(8, CLASSES)
     for on in (False, True):
         leaf = x.clone().requires_grad_()
-        generator = rule.generator(lf.Context(lf.Place(0, 1), None, x, (), 8))
-        with weights.in_force(generator), torch.autocast("cpu", torch.bfloat16, enabled=on):
+        seed = rule.seed_for(lf.Context(lf.Place(0, 1), None, x, (), 8))
+        with weights.in_force(seed), torch.autocast("cpu", torch.bfloat16, enabled=on):
             y = model(leaf)
         assert y.dtype == (torch.bfloat16 if on else torch.float32)
         found.append(gradients([y], [leaf, *model.parameters()], [credit.to(y.dtype)]))

@@ -330,6 +330,20 @@ def test_one_sample_is_fine_without_batch_norm_and_in_evaluation():
     assert learner_of("backprop").predict(x[:1]).shape == (1, 3)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_deep_copy_learns_the_same_and_by_itself(rule):
+    learner = learner_of(rule, schedule="lockstep")
+    x, y = data()
+    learner.step(x, y)
+    twin = copy.deepcopy(learner)
+    random = torch.get_rng_state()
+    several_steps(twin, x, y)
+    torch.set_rng_state(random)
+    assert not all(torch.equal(*pair) for pair in zip(twin.model.parameters(), learner.model.parameters(), strict=True))
+    several_steps(learner, x, y)
+    assert_same_tree(learnt_state(twin), learnt_state(learner))
+
+
 def test_one_sample_of_an_image_can_be_normalised():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 3))

@@ -856,6 +856,28 @@ def test_whole_numbers_across_borders_are_refused():
     assert sorted(learner.step(x, labels(6)).auxiliary) == [0, 1, 2]
 
 
+class Reshapes(nn.Module):
+    """The size of the batch is read off at the bottom and used at the top."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.middle, self.head = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 3), nn.Linear(2 * 4 * 4, 4)
+
+    def forward(self, images):
+        batch = images.shape[0]
+        h = torch.tanh(self.middle(torch.tanh(self.low(images))))
+        return self.head(h.reshape(batch, -1))
+
+
+def test_the_size_of_a_batch_may_cross_a_border():
+    model = Reshapes().double()
+    learner = learner_of(model, AugLocal(depth=4), draw(3, 1, 8, 8), optimizer=cases.sgd)
+    before = cases.copy_of(model)
+    for count in (3, 10, 7):
+        assert sorted(learner.step(draw(count, 1, 8, 8), labels(count)).auxiliary) == [0, 1]
+    assert all(cases.differs(before[name], p) for name, p in model.named_parameters())
+
+
 # ---- 5: all ------------------------------------------------------------------------------------------------------------------
 
 

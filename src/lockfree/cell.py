@@ -86,6 +86,7 @@ class Cell:
 
     Attributes:
         learnt: Whether (the block, an auxiliary network) has gathered gradients in this tick.
+        keeps_nothing: Whether a batch leaves nothing here between its forward and its learning.
         outputs_carry: `carrying` of an output, as the last one had it (or a rehearsal); ``None`` before there was any.
     """
 
@@ -125,7 +126,7 @@ class Cell:
         self._runs_as_it_is = type(rule).run is Rule.run
         # Exact credit crosses both borders inside of one graph: between forward and learning there is nothing to remember.
         below_asks = self.reports or self.inputs is not None
-        self._keeps_nothing = not (
+        self.keeps_nothing = not (
             below_asks or not self.joined_above or self._stashes or self._clock or self.auxiliary_needs is not None
         )
 
@@ -148,8 +149,8 @@ class Cell:
             flight: The batch itself.
             kinds: What the cell will do on this batch.
         """
-        if self._keeps_nothing:
-            return self._run_through(batch, inputs if self.joined_below else detach(inputs), flight)
+        if self.keeps_nothing:
+            return self.run_through(batch, inputs if self.joined_below else detach(inputs), flight)
         visit = self._open(batch, batch_size(inputs), flight, kinds)
         if self.inputs is not None:
             inputs = self._imagine(visit, inputs, None)
@@ -166,7 +167,14 @@ class Cell:
         self._done(batch, Kind.FORWARD)
         return outputs
 
-    def _run_through(self, batch: int, inputs: Values, flight: Flight) -> Values:
+    def run_through(self, batch: int, inputs: Values, flight: Flight) -> Values:
+        """Runs the block in the graph of whoever is below, where the cell has nothing to remember.
+
+        Args:
+            batch: Number of the batch.
+            inputs: What crosses the lower border.
+            flight: The batch itself.
+        """
         if self._runs_as_it_is:
             return self.block.forward(inputs)  # a view of the model has no hooks that a call would look for
         context = self._context(batch, batch_size(inputs), flight)
@@ -223,7 +231,7 @@ class Cell:
 
     def learn(self, batch: int, above: Credit | None, error: Credit | None, kind: Kind = Kind.LEARN) -> Credit | None:
         """L or M: takes the credit of one batch, and returns dL/dx (``None``: not yet). In L the block gathers its gradients."""
-        if self._keeps_nothing:
+        if self.keeps_nothing:
             self.learnt[0] = kind is Kind.LEARN
             return None
         visit = self._visits[batch]

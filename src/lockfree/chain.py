@@ -1,8 +1,9 @@
 """The model as a chain of blocks, bottom to top."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -80,36 +81,35 @@ class Block(nn.Module):
         self._bodies = nn.ModuleList(piece.body for piece in pieces)  # so that the block's parameters are found
         self._index, self._forms = index, forms
         self._model = (model,)  # in a tuple: the block is a view of the model, not its parent
-        self._mutates: dict[tuple[bool, ...], bool] = {}
+        # By the modes that the model's modules are in.
+        self._runs: dict[tuple[bool, ...], Callable[[Values], Values]] = {}
+        self._works_in_place = False
 
     def forward(self, values: Values) -> Values:
         """Runs the block on what crosses its lower border, and returns what crosses its upper one."""
-        mode = self._forms.mode
-        mutates = self._mutates.get(mode)
-        if mutates is None:
-            return self._first_call(mode, values)
-        return self._call(mode, clone(values) if mutates else values)
+        run = self._runs.get(self._forms.mode)
+        return self._first_call(values) if run is None else run(values)
 
-    def _call(self, mode: tuple[bool, ...], values: Values) -> Values:
-        piece = self._forms.of(mode)[self._index]
-        if self._recompute and torch.is_grad_enabled():
-            return run_in_parts(piece.body, *((values,) if piece.takes == 1 else values))
-        return _run(piece, values)
-
-    def _first_call(self, mode: tuple[bool, ...], values: Values) -> Values:
+    def _first_call(self, values: Values) -> Values:
         """Finds out whether the block changes its input in place; what crosses a border is shared with the block below."""
-        if _leaves_inputs_alone(self._forms.of(mode)[self._index].body):
-            self._mutates[mode] = False
-            return self._call(mode, values)
+        piece = self._forms.now()[self._index]
+        run: Callable[[Values], Values] = piece.body if piece.takes == 1 else partial(_spread, piece.body)
+        if self._recompute:
+            run = partial(_in_parts, piece, run)
+        if _leaves_inputs_alone(piece.body):
+            self._runs[self._forms.mode] = run
+            return run(values)
         copies = clone(values)
         before = [tensor._version for tensor in tensors(copies)]
-        outputs = self._call(mode, copies)
-        self._mutates[mode] = before != [tensor._version for tensor in tensors(copies)]
+        outputs = run(copies)
+        in_place = before != [tensor._version for tensor in tensors(copies)]
+        self._runs[self._forms.mode] = partial(_on_a_copy, run) if in_place else run
+        self._works_in_place |= in_place
         return outputs
 
     def copy(self) -> nn.Module:
         """Returns what the block runs in its present modes as a module with weights of its own."""
-        in_place = any(self._mutates.values()) or not self._mutates  # who has not run might
+        in_place = self._works_in_place or not self._runs  # who has not run might
         return _Copy(self._forms.now()[self._index], in_place=in_place)
 
     @contextmanager
@@ -139,8 +139,18 @@ def _leaves_inputs_alone(body: nn.Module) -> bool:
     )
 
 
-def _run(piece: Piece, values: Values) -> Values:
-    return piece.body(values) if piece.takes == 1 else piece.body(*values)
+def _spread(body: nn.Module, values: Values) -> Values:
+    return body(*values)
+
+
+def _in_parts(piece: Piece, run: Callable[[Values], Values], values: Values) -> Values:
+    if not torch.is_grad_enabled():
+        return run(values)
+    return run_in_parts(piece.body, *((values,) if piece.takes == 1 else values))
+
+
+def _on_a_copy(run: Callable[[Values], Values], values: Values) -> Values:
+    return run(clone(values))
 
 
 class _Copy(nn.Module):
@@ -152,7 +162,8 @@ class _Copy(nn.Module):
         self._takes, self._in_place = piece.takes, in_place
 
     def forward(self, values: Values) -> Values:
-        return _run(Piece("", self.body, self._takes), clone(values) if self._in_place else values)
+        values = clone(values) if self._in_place else values
+        return self.body(values) if self._takes == 1 else self.body(*values)
 
 
 class Chain:

@@ -31,12 +31,12 @@ class Feedback(nn.Module, ABC):
     """What stands for one weight on the way down: fixed, or made of the weight itself."""
 
     @abstractmethod
-    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         """Returns what is decided when the layer runs forward.
 
         Args:
             weight: W.
-            generator: What to draw from, if the rule gives one.
+            generator: What to draw from; the rule may have given it a seed for this batch.
         """
 
     @abstractmethod
@@ -49,16 +49,11 @@ class Feedback(nn.Module, ABC):
         """
 
 
-def like_initial(weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draws a tensor of the shape of a weight as PyTorch initialises its linear layers and convolutions.
-
-    Args:
-        weight: Tells shape, type and device.
-        generator: What to draw from; the global one if ``None``.
-    """
+def like_initial(weight: Tensor) -> Tensor:
+    """Draws a tensor of the shape of a weight, and of its type and device, as PyTorch initialises linear layers and convolutions."""
     # What is drawn does not depend on the weight's memory order or precision.
     drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    return nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator).to(weight.dtype)
+    return nn.init.kaiming_uniform_(drawn, a=5**0.5).to(weight.dtype)
 
 
 class Fixed(Feedback):
@@ -73,7 +68,7 @@ class Fixed(Feedback):
         self.weights: Tensor
         self.register_buffer("weights", like_initial(weight))
 
-    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         return self.weights
 
     def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
@@ -81,23 +76,31 @@ class Fixed(Feedback):
 
 
 class Way:
-    """The way down past one weight, for one batch.
+    """The way down past one weight, while a batch runs forward.
 
     Args:
-        weight: W.
+        layer: Whose weight it is.
+        name: What the layer calls it.
         feedback: What stands for it.
-        generator: What may be drawn from for this batch, if the rule gives it.
+        generator: What may be drawn from.
+
+    Attributes:
+        weight: W, as it is for this batch.
     """
 
-    __slots__ = ("_drawn", "_generator", "feedback", "weight")
+    __slots__ = ("_drawn", "_generator", "_get", "_layer", "feedback", "weight")
 
-    def __init__(self, weight: Tensor, feedback: Feedback, generator: torch.Generator | None) -> None:
-        self.weight, self.feedback, self._generator = weight, feedback, generator
+    def __init__(self, layer: nn.Module, name: str, feedback: Feedback, generator: torch.Generator) -> None:
+        self._layer, self._get, self.feedback, self._generator = layer, attrgetter(name), feedback, generator
+        self.begin()
+
+    def begin(self) -> None:
+        """A batch comes; something may have put another weight in the place of the last one."""
+        self.weight: Tensor = self._get(self._layer)
         self._drawn: Tensor | None = None
 
-    @property
     def drawn(self) -> Tensor:
-        """What is decided when the layer runs forward, once for all its calls on a batch."""
+        """Returns what is decided when the layer runs forward, once for all its calls on a batch."""
         if self._drawn is None:
             self._drawn = self.feedback.draw(self.weight, self._generator)
         return self._drawn
@@ -170,26 +173,23 @@ def _reroute(x: Tensor, y: Tensor, way: Way, send: Callable[..., Tensor]) -> Ten
     """Returns y, which knows of x only that credit for it goes down by ``send(B, dL/dy, shape of x)``."""
     if not x.requires_grad:
         return y
-    weight = way.weight.detach()
-    return _Reroute.apply(x, y, weight, way.drawn, way.feedback, send)  # pyrefly: ignore[bad-return]
+    return _Reroute.apply(x, y, way, send)  # pyrefly: ignore[bad-return]
 
 
 class _Reroute(torch.autograd.Function):
     """The identity of y, whose backward gives y its gradient and x the one through the feedback weights."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, weight: Tensor, drawn: Tensor, feedback: Feedback, send: Callable[..., Tensor]
-    ) -> Tensor:
-        ctx.save_for_backward(weight, drawn)
-        ctx.feedback, ctx.send, ctx.shape = feedback, send, x.shape
+    def forward(ctx: Any, x: Tensor, y: Tensor, way: Way, send: Callable[..., Tensor]) -> Tensor:
+        ctx.save_for_backward(way.weight, way.drawn())
+        ctx.feedback, ctx.send, ctx.shape = way.feedback, send, x.shape
         return y.detach()  # not a view: what comes next may overwrite it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         matrix = ctx.feedback.matrix(*ctx.saved_tensors).to(gradient.dtype)
-        return ctx.send(matrix, gradient, ctx.shape), gradient, None, None, None, None
+        return ctx.send(matrix, gradient, ctx.shape), gradient, None, None
 
 
 # ---- layers that are known ---------------------------------------------------------------------------------------------------
@@ -199,26 +199,26 @@ class _Linear(torch.autograd.Function):
     r"""$y = xW^T + b$ whose dL/dx is $\delta B$: one node of the graph, since dense layers are many and often small."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, drawn: Tensor, feedback: Feedback) -> Tensor:
-        ctx.save_for_backward(x, weight, drawn)
-        ctx.feedback = feedback
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+        ctx.save_for_backward(x, weight, way.drawn())
+        ctx.feedback = way.feedback
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         x, weight, drawn = ctx.saved_tensors
-        _, learns, shifts, *_ = ctx.needs_input_grad
+        _, learns, shifts, _ = ctx.needs_input_grad
         message = gradient @ ctx.feedback.matrix(weight, drawn).to(gradient.dtype)
         if gradient.dim() != 2:
             gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         of_weight = gradient.t() @ x.to(gradient.dtype) if learns else None
-        return message, of_weight, gradient.sum(0) if shifts else None, None, None
+        return message, of_weight, gradient.sum(0) if shifts else None, None
 
 
 def _through_linear(x: Tensor, bias: Tensor | None, way: Way) -> Tensor:
     if not x.requires_grad:
         return F.linear(x, way.weight, bias)
-    return _Linear.apply(x, way.weight, bias, way.drawn, way.feedback)  # pyrefly: ignore[bad-return]
+    return _Linear.apply(x, way.weight, bias, way)  # pyrefly: ignore[bad-return]
 
 
 def _linear(layer: nn.Linear, ways: Mapping[str, Way], input: Tensor) -> Tensor:
@@ -332,10 +332,6 @@ _FORMS[nn.MultiheadAttention] = _Form(_attention, whole=True)
 # ---- a block and its feedback weights ----------------------------------------------------------------------------------------
 
 
-_Matrices = dict[str, tuple[Callable[[nn.Module], Tensor], Feedback]]
-"""For each name of a weight, what fetches it from its layer and what stands for it."""
-
-
 class FeedbackWeights(nn.Module):
     """What stands for every weight matrix of a block on the way down.
 
@@ -353,7 +349,7 @@ class FeedbackWeights(nn.Module):
     ) -> None:
         super().__init__()
         self.feedbacks = nn.ModuleList()
-        self._of: list[tuple[nn.Module, Callable[..., Any], _Matrices]] = []
+        self._force = _InForce()
         spoken_for: set[int] = set()
         for name, layer in layers:
             if id(layer) in spoken_for or isinstance(layer, _EXEMPT):
@@ -368,39 +364,57 @@ class FeedbackWeights(nn.Module):
                 raise ValueError(_refusal(rule, name, layer, own))
             found = {key: make(layer.get_parameter(key)) for key in form.matrices(layer) if not key.startswith("bias_")}
             self.feedbacks.extend(found.values())
-            # Weights are fetched for each batch: something may have put others in their places.
-            self._of.append((layer, form.run, {key: (attrgetter(key), feedback) for key, feedback in found.items()}))
+            self._force.add(layer, form.run, found)
 
     def pairs(self) -> Iterator[tuple[Tensor, Feedback]]:
         """Yields each weight with what stands for it."""
-        for layer, _, feedbacks in self._of:
-            for get, feedback in feedbacks.values():
-                yield get(layer), feedback
+        for way in self._force.ways:
+            way.begin()
+            yield way.weight, way.feedback
 
-    def in_force(self, generator: torch.Generator | None = None) -> "_InForce":
+    def in_force(self, seed: int | None = None) -> "_InForce":
         """Lets the layers run as they are, in a ``with`` statement, but differentiate through what stands for their weights.
 
         Args:
-            generator: What may be drawn from for this batch.
+            seed: What is drawn for this batch is drawn from this; from nothing known if left out.
         """
-        return _InForce(self._of, generator)
+        if seed is not None:
+            self._force.sow(seed)
+        return self._force
 
 
 class _InForce:
     """Gives layers a forward of their own; an instance's hides the class's."""
 
-    __slots__ = ("_generator", "_of")
+    def __init__(self) -> None:
+        self.ways: list[Way] = []
+        self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._generators: dict[torch.device, torch.Generator] = {}
 
-    def __init__(self, of: list[tuple[nn.Module, Callable[..., Any], _Matrices]], generator: torch.Generator | None) -> None:
-        self._of, self._generator = of, generator
+    def add(self, layer: nn.Module, run: Callable[..., Any], feedbacks: Mapping[str, Feedback]) -> None:
+        """Adds a layer, with how it is to run and what stands for its weights by their names."""
+        ways = {}
+        for name, feedback in feedbacks.items():
+            device = attrgetter(name)(layer).device
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device)
+            ways[name] = Way(layer, name, feedback, self._generators[device])
+        self.ways.extend(ways.values())
+        self._forwards.append((layer, partial(run, layer, ways)))
+
+    def sow(self, seed: int) -> None:
+        """Begins what is drawn anew from a seed."""
+        for generator in self._generators.values():
+            generator.manual_seed(seed)
 
     def __enter__(self) -> None:
-        for layer, run, matrices in self._of:
-            ways = {name: Way(get(layer), feedback, self._generator) for name, (get, feedback) in matrices.items()}
-            layer.__dict__["forward"] = partial(run, layer, ways)  # past nn.Module.__setattr__, which is slow
+        for way in self.ways:
+            way.begin()
+        for layer, forward in self._forwards:
+            layer.__dict__["forward"] = forward  # past nn.Module.__setattr__, which is slow
 
     def __exit__(self, *raised: object) -> None:
-        for layer, _, _ in self._of:
+        for layer, _ in self._forwards:
             layer.__dict__.pop("forward", None)
 
 
@@ -455,7 +469,7 @@ class FeedbackRule(Rule):
                 )
         return FeedbackWeights(layers, make=self.feedback, rule=rule)
 
-    def generator(self, context: Context) -> torch.Generator | None:
+    def seed_for(self, context: Context) -> int | None:
         """Returns what feedback is drawn from for a batch, if any of it is: a function of batch and place alone.
 
         Args:
@@ -465,8 +479,8 @@ class FeedbackRule(Rule):
 
     def run(self, block: nn.Module, context: Context) -> Values:
         assert isinstance(context.auxiliary, FeedbackWeights)
-        with context.auxiliary.in_force(self.generator(context)):
-            return block(context.inputs)
+        with context.auxiliary.in_force(self.seed_for(context)):
+            return block.forward(context.inputs)  # a view of the model has no hooks that a call would look for
 
     def credit(self, context: Context) -> Credit | None:
         return context.above

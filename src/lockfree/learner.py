@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,12 +101,11 @@ class Learner:
         tick = self.steps
         fed = self._phase.rule.feed(self._trained, detach(x), y, tick)
         self._assembly.flights[tick] = Flight(fed, y, self.schedule.actions_of(tick))
-        with self._all_or_nothing():
-            try:
-                outcome = self._executor.run(self._assembly, self.schedule.tick(tick, self._first, tick))
-            except (RuntimeError, IndexError):
-                self._try_on_the_loss(x, y)  # gives a clearer reason, if the targets are to blame
-                raise
+        try:
+            outcome = self._all_or_nothing(self._executor.run, self.schedule.tick(tick, self._first, tick))
+        except (RuntimeError, IndexError):
+            self._try_on_the_loss(x, y)  # gives a clearer reason, if the targets are to blame
+            raise
         self.steps += 1
         return _result(outcome)
 
@@ -141,25 +140,22 @@ class Learner:
             raise ValueError("a block cannot be stepped alone with batches in flight: call drain first")
         if not 0 <= block < len(self.cells):
             raise ValueError(f"block {block}: this model has blocks 0 to {len(self.cells) - 1}")
-        with self._all_or_nothing():
-            outcome = self._executor.run_alone(self._assembly, block, self.steps, Flight(detach(x), y, 0))
+        outcome = self._all_or_nothing(self._executor.run_alone, block, self.steps, Flight(detach(x), y, 0))
         self.steps += 1
         return _result(outcome)
 
     def drain(self) -> None:
         """Finishes the batches in flight; the next step starts with an empty pipeline."""
         for tick in range(self.steps, self.steps + self.schedule.depth):
-            with self._all_or_nothing():
-                self._executor.run(self._assembly, self.schedule.tick(tick, self._first, self.steps - 1))
+            self._all_or_nothing(self._executor.run, self.schedule.tick(tick, self._first, self.steps - 1))
         self._first = self.steps
         assert not self._assembly.flights, "a drained learner has nothing in flight"
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
+    def _all_or_nothing(self, run: Callable[..., Outcome], *what: Any) -> Outcome:
         """After an error nothing half-learnt stays: weights have not changed yet, and running statistics are put back."""
         _copy(self._buffers, self._backup)
         try:
-            yield
+            return run(self._assembly, *what)
         except BaseException:
             self._clear()
             _copy(self._backup, self._buffers)
@@ -404,8 +400,11 @@ class Phase:
 
 def _result(outcome: Outcome) -> StepResult:
     batch, loss = next(iter(outcome.losses.items()), (None, None))
-    auxiliary, inputs = ({cell: value for (cell, _), value in found.items()} for found in (outcome.auxiliary, outcome.inputs))
-    return StepResult(batch, auxiliary, loss, inputs)
+    return StepResult(batch, _by_cell(outcome.auxiliary), loss, _by_cell(outcome.inputs))
+
+
+def _by_cell(losses: dict[tuple[int, int], Tensor]) -> dict[int, Tensor]:
+    return {cell: loss for (cell, _), loss in losses.items()} if losses else {}
 
 
 def _same_tensors(what: str, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -> None:

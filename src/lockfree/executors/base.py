@@ -73,8 +73,9 @@ class Assembly:
         optimizer call instead of one a cell, it serves parameters that blocks share, and a tick that fails has changed nothing.
         After each cell there are the gradients of one cell at a time.
         """
-        block_learnt = any(cell.learnt[0] for cell in self.cells)
-        auxiliary_learnt = any(cell.learnt[1] for cell in self.cells)
+        block_learnt = auxiliary_learnt = False
+        for cell in self.cells:
+            block_learnt, auxiliary_learnt = block_learnt or cell.learnt[0], auxiliary_learnt or cell.learnt[1]
         if block_learnt or auxiliary_learnt:
             for cell in self.cells:
                 cell.before_update()

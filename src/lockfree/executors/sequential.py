@@ -20,6 +20,8 @@ class Sequential(Executor):
 
     def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
         """Runs the actions of one tick, then the update."""
+        if actions and all(cell.keeps_nothing for cell in assembly.cells):
+            return _run_as_one_graph(assembly, actions[0].batch)
         outcome = Outcome()
         for index, action in enumerate(actions):
             _ACTIONS[action.kind](assembly, assembly.cells[action.cell], action.batch, outcome)
@@ -52,6 +54,34 @@ class Sequential(Executor):
         return outcome
 
 
+def _run_as_one_graph(assembly: Assembly, batch: int) -> Outcome:
+    """All actions of a batch where exact credit crosses every border: up, the loss, and autograd's own way down."""
+    flight = assembly.flights[batch]
+    values = detach(flight.inputs)
+    for cell in assembly.cells:
+        values = cell.run_through(batch, values, flight)
+    loss = assembly.objective.evaluate(values, flight.target)
+    outcome = Outcome({batch: _finite_at_the_top(assembly, batch, loss)})
+    _differentiate(loss)
+    del assembly.flights[batch]
+    assembly.blocks.take()
+    return outcome
+
+
+def _finite_at_the_top(assembly: Assembly, batch: int, loss: Tensor) -> Tensor:
+    """Returns the loss of a batch, detached, unless it is not finite."""
+    if not is_finite(loss):
+        where = f"cell {len(assembly.cells) - 1} (the top one) gave finite scores, the loss itself is not finite"
+        raise Diverged(_where_it_broke(assembly, batch, f"the loss is {loss.item()}", where))
+    return loss.detach()
+
+
+def _differentiate(loss: Tensor) -> None:
+    if loss.requires_grad:
+        with full_precision(loss.device.type):
+            loss.backward()
+
+
 def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds: frozenset[Kind] | None = None) -> Values:
     flight, index = assembly.flights[batch], cell.place.index
     kinds = kinds or assembly.schedule.kinds(index, batch)
@@ -68,10 +98,7 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds
     else:
         flight.loss, flight.error = assembly.objective(outputs, flight.target)
         flight.scores = detach(outputs)
-    outcome.losses[batch] = flight.loss.detach()
-    if not is_finite(outcome.losses[batch]):
-        where = f"cell {index} (the top one) gave finite scores, the loss itself is not finite"
-        raise Diverged(_where_it_broke(assembly, batch, f"the loss is {flight.loss.item()}", where))
+    outcome.losses[batch] = _finite_at_the_top(assembly, batch, flight.loss)
     return outputs
 
 
@@ -90,9 +117,7 @@ def _learn(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kind: K
     elif cell.place.top:
         flight = assembly.flights[batch]
         assert flight.loss is not None, "the top cell runs forward before it learns"
-        if flight.loss.requires_grad:
-            with full_precision(flight.loss.device.type):
-                flight.loss.backward()
+        _differentiate(flight.loss)
         flight.loss = None
     try:
         message = cell.learn(batch, above, error, kind)

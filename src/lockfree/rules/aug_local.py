@@ -19,11 +19,11 @@ class _Adapter(nn.Module):
 
     def __init__(self, given: Sequence[Tensor], wanted: Values, block: str) -> None:
         super().__init__()
-        leaves, self._structure = pytree.tree_flatten(wanted)
-        self._constants = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        self._pattern = pytree.tree_map_only(Tensor, lambda tensor: Tensor, wanted)  # the class stands for what is to be made
+        self._samples = len(given[0])
         self._from: list[int] = []
         self.adapters = nn.ModuleList()
-        for index, leaf in enumerate(one for one in leaves if isinstance(one, Tensor)):
+        for index, leaf in enumerate(tensors(wanted)):
             if not leaf.is_floating_point():
                 raise ValueError(
                     f"AugLocal cannot copy block '{block}': it is handed {leaf.dtype} numbers, which no layer can make anew; cut the "
@@ -34,9 +34,14 @@ class _Adapter(nn.Module):
 
     def forward(self, given: Sequence[Tensor]) -> Values:
         made = iter(adapter(given[index]) for adapter, index in zip(self.adapters, self._from, strict=True))
-        count = len(self._constants) + len(self._from)
-        leaves: list[Any] = [self._constants[index] if index in self._constants else next(made) for index in range(count)]
-        return pytree.tree_unflatten(leaves, self._structure)
+
+        def fill(leaf: Any) -> Any:
+            if leaf is Tensor:
+                return next(made)
+            # A plain number that crosses a border was read off a shape: that of the batch, if it has its size.
+            return len(given[0]) if type(leaf) is int and leaf == self._samples else leaf
+
+        return pytree.tree_map(fill, self._pattern)
 
 
 def _nearest(given: Sequence[Tensor], leaf: Tensor, index: int) -> int:

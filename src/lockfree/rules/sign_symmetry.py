@@ -10,7 +10,6 @@ from lockfree.choose import choose
 from lockfree.feedback import Feedback, FeedbackRule, like_initial
 from lockfree.rng import seed_of
 from lockfree.rule import Card, Context
-from lockfree.values import tensors
 
 
 class _Signed(Feedback):
@@ -25,7 +24,7 @@ class _Signed(Feedback):
         self.magnitude: Tensor
         self.register_buffer("magnitude", magnitude)
 
-    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
         return self.magnitude
 
     def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
@@ -33,10 +32,22 @@ class _Signed(Feedback):
 
 
 class _Redrawn(Feedback):
-    """The same with magnitudes that are drawn anew for each batch."""
+    """The same with magnitudes that are drawn anew for each batch, uniformly up to the largest initial weight.
 
-    def draw(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
-        return like_initial(weight, generator).abs_()
+    Args:
+        weight: W.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        # Four numbers of 16 bits out of each of 64: drawing takes longer than anything else here.
+        self._words = torch.empty((weight.numel() + 3) // 4, dtype=torch.int64, device=weight.device)
+        self._numbers = self._words.view(torch.int16)[: weight.numel()].view(weight.shape)
+        self._unit = weight[0].numel() ** -0.5 / 2**15
+
+    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+        self._words.random_(-(2**63), None, generator=generator)
+        return torch.mul(self._numbers, self._unit).abs_().to(weight.dtype)
 
     def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
         return weight.sign().mul_(drawn)
@@ -50,7 +61,7 @@ def _uniform(weight: Tensor) -> Feedback:
 
 _MAGNITUDES = {
     "uniform": _uniform,
-    "batchwise": lambda weight: _Redrawn(),
+    "batchwise": _Redrawn,
     "fixed": lambda weight: _Signed(like_initial(weight).abs_()),
 }
 _NAMES = {"uniform": "uniform", "batchwise": "batchwise random", "fixed": "fixed random"}
@@ -101,8 +112,5 @@ class SignSymmetry(FeedbackRule):
     def feedback(self, weight: Tensor) -> Feedback:
         return _MAGNITUDES[self.magnitude](weight)
 
-    def generator(self, context: Context) -> torch.Generator | None:
-        if self.magnitude != "batchwise":
-            return None
-        generator = torch.Generator(tensors(context.inputs)[0].device)
-        return generator.manual_seed(seed_of(self.seed, context.place.index, context.batch))
+    def seed_for(self, context: Context) -> int | None:
+        return seed_of(self.seed, context.place.index, context.batch) if self.magnitude == "batchwise" else None
