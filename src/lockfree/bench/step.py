@@ -45,7 +45,7 @@ def step(rounds: int = 100, repeats: int = 3, device: str = "cpu") -> dict[str, 
         "cdni_over_backprop_mlp_sgd": ("mlp", "cdni", "backprop", "sgd"),
         "cdni_over_backprop_mlp_adam": ("mlp", "cdni", "backprop", "adam"),
         "dni_over_backprop_mlp": ("mlp", "dni", "backprop", "fused"),
-        **{f"{rule}_over_plain_lenet": ("lenet", rule, None, "fused") for rule in ("fa", "usf", "dfa")},
+        **{f"{rule}_over_plain_lenet": ("lenet", rule, None, "fused") for rule in ("fa", "usf", "brsf", "frsf", "dfa")},
         **{f"{rule}_over_plain_mlp": ("mlp", rule, None, "fused") for rule in RULES},
     }
     found: dict[str, list[float]] = {name: [] for name in pairs}
