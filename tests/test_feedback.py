@@ -519,7 +519,7 @@ def test_what_stands_for_a_weight_has_the_size_of_initial_weights_and_under_sign
 def test_magnitudes_are_those_of_the_initial_weights_of_each_kind_of_layer(layer, fan_in, magnitude):
     for weight, own in stand_ins(SIGN(magnitude=magnitude), layer).pairs():
         bound = (fan_in or weight.shape[1]) ** -0.5
-        B = own.matrix(weight.detach(), own.draw(weight.detach(), torch.Generator().manual_seed(3)))
+        B = own.matrix(*own.keep(weight.detach(), torch.Generator().manual_seed(3)))
         assert torch.equal(B.sign(), weight.sign())
         sizes = B.abs().flatten()
         if magnitude == "uniform":
@@ -533,7 +533,7 @@ def test_magnitudes_that_are_drawn_are_uniform_up_to_the_bound():
     layer = nn.Linear(100, 200)
     for magnitude in ("fixed", "batchwise"):
         ((weight, own),) = stand_ins(SIGN(magnitude=magnitude), layer).pairs()
-        sizes = own.matrix(weight.detach(), own.draw(weight.detach(), torch.Generator().manual_seed(3))).abs() * 10
+        sizes = own.matrix(*own.keep(weight.detach(), torch.Generator().manual_seed(3))).abs() * 10
         counts = torch.histc(sizes, 10, 0.0, 1.0)
         assert counts.sum() == 20000
         assert ((counts - 2000).abs() < 5 * 2000**0.5).all()

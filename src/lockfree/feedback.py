@@ -31,8 +31,8 @@ class Feedback(nn.Module, ABC):
     """What stands for one weight on the way down: fixed, or made of the weight itself."""
 
     @abstractmethod
-    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns what is decided when the layer runs forward.
+    def keep(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Returns what B is made of on the way down: W as it is when the layer runs forward, and whatever is decided then.
 
         Args:
             weight: W.
@@ -40,12 +40,11 @@ class Feedback(nn.Module, ABC):
         """
 
     @abstractmethod
-    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
+    def matrix(self, *kept: Tensor) -> Tensor:
         """Returns B, of the shape of W.
 
         Args:
-            weight: W as it was in the forward pass.
-            drawn: What `draw` returned then.
+            *kept: What `keep` returned.
         """
 
 
@@ -68,42 +67,35 @@ class Fixed(Feedback):
         self.weights: Tensor
         self.register_buffer("weights", like_initial(weight))
 
-    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        return self.weights
+    def keep(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (self.weights,)
 
-    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
-        return drawn
+    def matrix(self, *kept: Tensor) -> Tensor:
+        return kept[0]
 
 
 class Way:
-    """The way down past one weight, while a batch runs forward.
+    """The way down past one weight.
 
     Args:
-        layer: Whose weight it is.
-        name: What the layer calls it.
-        feedback: What stands for it.
+        feedback: What stands for the weight.
         generator: What may be drawn from.
 
     Attributes:
-        weight: W, as it is for this batch.
+        kept: What has been kept of the batch that runs forward, if anything has yet.
     """
 
-    __slots__ = ("_drawn", "_generator", "_get", "_layer", "feedback", "weight")
+    __slots__ = ("_generator", "feedback", "kept")
 
-    def __init__(self, layer: nn.Module, name: str, feedback: Feedback, generator: torch.Generator) -> None:
-        self._layer, self._get, self.feedback, self._generator = layer, attrgetter(name), feedback, generator
-        self.begin()
+    def __init__(self, feedback: Feedback, generator: torch.Generator) -> None:
+        self.feedback, self._generator = feedback, generator
+        self.kept: tuple[Tensor, ...] | None = None
 
-    def begin(self) -> None:
-        """A batch comes; something may have put another weight in the place of the last one."""
-        self.weight: Tensor = self._get(self._layer)
-        self._drawn: Tensor | None = None
-
-    def drawn(self) -> Tensor:
-        """Returns what is decided when the layer runs forward, once for all its calls on a batch."""
-        if self._drawn is None:
-            self._drawn = self.feedback.draw(self.weight, self._generator)
-        return self._drawn
+    def keep(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Returns what B will be made of, which is decided once for all calls of a layer on a batch."""
+        if self.kept is None:
+            self.kept = self.feedback.keep(weight, self._generator)
+        return self.kept
 
 
 # ---- the registry ------------------------------------------------------------------------------------------------------------
@@ -153,7 +145,7 @@ def register_feedback(layer_type: type[nn.Module]) -> Callable[[Backward], Backw
                 x = _only_tensor(layer, (given, named))
                 given, named = detach((given, named))
                 y = type(layer).forward(layer, *given, **named)
-            return _reroute(x, y, ways["weight"], lambda *known: backward(layer, *known))
+            return _reroute(x, y, layer.weight, ways["weight"], lambda *known: backward(layer, *known))
 
         _FORMS[layer_type] = _Form(run)
         return backward
@@ -169,19 +161,19 @@ def _only_tensor(layer: nn.Module, given: Any) -> Tensor:
     return inputs[0]
 
 
-def _reroute(x: Tensor, y: Tensor, way: Way, send: Callable[..., Tensor]) -> Tensor:
+def _reroute(x: Tensor, y: Tensor, weight: Any, way: Way, send: Callable[..., Tensor]) -> Tensor:
     """Returns y, which knows of x only that credit for it goes down by ``send(B, dL/dy, shape of x)``."""
     if not x.requires_grad:
         return y
-    return _Reroute.apply(x, y, way, send)  # pyrefly: ignore[bad-return]
+    return _Reroute.apply(x, y, weight.detach(), way, send)  # pyrefly: ignore[bad-return]
 
 
 class _Reroute(torch.autograd.Function):
     """The identity of y, whose backward gives y its gradient and x the one through the feedback weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, way: Way, send: Callable[..., Tensor]) -> Tensor:
-        ctx.save_for_backward(way.weight, way.drawn())
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, way: Way, send: Callable[..., Tensor]) -> Tensor:
+        ctx.save_for_backward(*way.keep(weight))
         ctx.feedback, ctx.send, ctx.shape = way.feedback, send, x.shape
         return y.detach()  # not a view: what comes next may overwrite it
 
@@ -189,7 +181,7 @@ class _Reroute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         matrix = ctx.feedback.matrix(*ctx.saved_tensors).to(gradient.dtype)
-        return ctx.send(matrix, gradient, ctx.shape), gradient, None, None
+        return ctx.send(matrix, gradient, ctx.shape), gradient, None, None, None
 
 
 # ---- layers that are known ---------------------------------------------------------------------------------------------------
@@ -200,29 +192,33 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
-        ctx.save_for_backward(x, weight, way.drawn())
+        ctx.save_for_backward(x, *way.keep(weight))
         ctx.feedback = way.feedback
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        x, weight, drawn = ctx.saved_tensors
-        _, learns, shifts, _ = ctx.needs_input_grad
-        message = gradient @ ctx.feedback.matrix(weight, drawn).to(gradient.dtype)
+        x, *kept = ctx.saved_tensors
+        matrix = ctx.feedback.matrix(*kept)
+        if not matrix.dtype == gradient.dtype == x.dtype:  # autocast
+            matrix, x = matrix.to(gradient.dtype), x.to(gradient.dtype)
+        message = gradient @ matrix
         if gradient.dim() != 2:
             gradient, x = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
-        of_weight = gradient.t() @ x.to(gradient.dtype) if learns else None
-        return message, of_weight, gradient.sum(0) if shifts else None, None
+        _, learns, shifts, _ = ctx.needs_input_grad
+        return message, gradient.t() @ x if learns else None, gradient.sum(0) if shifts else None, None
 
 
-def _through_linear(x: Tensor, bias: Tensor | None, way: Way) -> Tensor:
+def _through_linear(x: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Tensor:
     if not x.requires_grad:
-        return F.linear(x, way.weight, bias)
-    return _Linear.apply(x, way.weight, bias, way)  # pyrefly: ignore[bad-return]
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias, way)  # pyrefly: ignore[bad-return]
 
 
 def _linear(layer: nn.Linear, ways: Mapping[str, Way], input: Tensor) -> Tensor:
-    return _through_linear(input, layer.bias, ways["weight"])
+    if not input.requires_grad:
+        return F.linear(input, layer.weight, layer.bias)
+    return _Linear.apply(input, layer.weight, layer.bias, ways["weight"])  # pyrefly: ignore[bad-return]
 
 
 _FORMS[nn.Linear] = _Form(_linear)
@@ -288,7 +284,7 @@ def _attention(
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     mixed = mixed.transpose(1, 2).reshape(batch, length, width)
-    out = _through_linear(mixed, layer.out_proj.bias, ways["out_proj.weight"])
+    out = _through_linear(mixed, layer.out_proj.weight, layer.out_proj.bias, ways["out_proj.weight"])
     if weights is not None and average_attn_weights:
         weights = weights.mean(1)
     if not batched:
@@ -302,11 +298,13 @@ def _projected(layer: nn.MultiheadAttention, ways: Mapping[str, Way], given: tup
     if layer.in_proj_weight is None:
         biases = (None, None, None) if bias is None else bias.chunk(3)
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-        return [_through_linear(x, one, ways[name]) for x, name, one in zip(given, names, biases, strict=True)]
+        own = zip(given, names, biases, strict=True)
+        return [_through_linear(x, layer.get_parameter(name), one, ways[name]) for x, name, one in own]
+    weight, way = layer.in_proj_weight, ways["in_proj_weight"]
     if same:
-        return list(_through_linear(given[0], bias, ways["in_proj_weight"]).chunk(3, dim=-1))
+        return list(_through_linear(given[0], weight, bias, way).chunk(3, dim=-1))
     # Each is a third of what the packed matrix makes.
-    return [_through_linear(x, bias, ways["in_proj_weight"]).chunk(3, dim=-1)[index] for index, x in enumerate(given)]
+    return [_through_linear(x, weight, bias, way).chunk(3, dim=-1)[index] for index, x in enumerate(given)]
 
 
 def _additive_mask(attention: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
@@ -368,9 +366,7 @@ class FeedbackWeights(nn.Module):
 
     def pairs(self) -> Iterator[tuple[Tensor, Feedback]]:
         """Yields each weight with what stands for it."""
-        for way in self._force.ways:
-            way.begin()
-            yield way.weight, way.feedback
+        yield from self._force.pairs()
 
     def in_force(self, seed: int | None = None) -> "_InForce":
         """Lets the layers run as they are, in a ``with`` statement, but differentiate through what stands for their weights.
@@ -387,7 +383,7 @@ class _InForce:
     """Gives layers a forward of their own; an instance's hides the class's."""
 
     def __init__(self) -> None:
-        self.ways: list[Way] = []
+        self._ways: list[tuple[nn.Module, str, Way]] = []
         self._forwards: list[tuple[nn.Module, Callable[..., Any]]] = []
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -398,9 +394,14 @@ class _InForce:
             device = attrgetter(name)(layer).device
             if device not in self._generators:
                 self._generators[device] = torch.Generator(device)
-            ways[name] = Way(layer, name, feedback, self._generators[device])
-        self.ways.extend(ways.values())
+            ways[name] = Way(feedback, self._generators[device])
+            self._ways.append((layer, name, ways[name]))
         self._forwards.append((layer, partial(run, layer, ways)))
+
+    def pairs(self) -> Iterator[tuple[Tensor, Feedback]]:
+        """Yields each weight with what stands for it."""
+        for layer, name, way in self._ways:
+            yield attrgetter(name)(layer), way.feedback
 
     def sow(self, seed: int) -> None:
         """Begins what is drawn anew from a seed."""
@@ -408,8 +409,8 @@ class _InForce:
             generator.manual_seed(seed)
 
     def __enter__(self) -> None:
-        for way in self.ways:
-            way.begin()
+        for _, _, way in self._ways:
+            way.kept = None
         for layer, forward in self._forwards:
             layer.__dict__["forward"] = forward  # past nn.Module.__setattr__, which is slow
 

@@ -87,8 +87,8 @@ def _weight_angles(learner: Learner) -> list[float | None]:
     angles = []
     for weight, feedback in pairs:
         weight = weight.detach()
-        drawn = feedback.draw(weight, torch.Generator(weight.device))
-        angles.append(_angle([weight], [feedback.matrix(weight, drawn)]))
+        kept = feedback.keep(weight, torch.Generator(weight.device))
+        angles.append(_angle([weight], [feedback.matrix(*kept)]))
     return angles
 
 

@@ -24,11 +24,12 @@ class _Signed(Feedback):
         self.magnitude: Tensor
         self.register_buffer("magnitude", magnitude)
 
-    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
-        return self.magnitude
+    def keep(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return weight, self.magnitude
 
-    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
-        return weight.sign().mul_(drawn)
+    def matrix(self, *kept: Tensor) -> Tensor:
+        weight, magnitude = kept
+        return weight.sign().mul_(magnitude)
 
 
 class _Redrawn(Feedback):
@@ -45,12 +46,13 @@ class _Redrawn(Feedback):
         self._numbers = self._words.view(torch.int16)[: weight.numel()].view(weight.shape)
         self._unit = weight[0].numel() ** -0.5 / 2**15
 
-    def draw(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def keep(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         self._words.random_(-(2**63), None, generator=generator)
-        return torch.mul(self._numbers, self._unit).abs_().to(weight.dtype)
+        return weight, torch.mul(self._numbers, self._unit).abs_().to(weight.dtype)
 
-    def matrix(self, weight: Tensor, drawn: Tensor) -> Tensor:
-        return weight.sign().mul_(drawn)
+    def matrix(self, *kept: Tensor) -> Tensor:
+        weight, magnitude = kept
+        return weight.sign().mul_(magnitude)
 
 
 def _uniform(weight: Tensor) -> Feedback:
