@@ -71,8 +71,7 @@ class Learner:
         self._executor, self._assembly, self._same = executor, assembly, same
         # Of auxiliary networks running statistics alone: other buffers there are fixed random numbers.
         moving = [buffer for network in self.auxiliaries for name, buffer in network.named_buffers() if _RUNNING.search(name)]
-        self._buffers = [*self.model.buffers(), *moving]
-        self._backup = [buffer.clone() for buffer in self._buffers]
+        self._undo = _Undo([*self.model.buffers(), *moving])
         self._trained = Trained(self.model, tuple(chain.blocks), tuple(cell.auxiliary for cell in assembly.cells))
         self._first = 0  # batches before this one have been drained
         self._seen: set[tuple] = set()
@@ -100,9 +99,9 @@ class Learner:
         self._enter(self._phase_of(self.steps))
         tick = self.steps
         fed = self._phase.rule.feed(self._trained, detach(x), y, tick)
-        self._assembly.flights[tick] = Flight(fed, y, self.schedule.actions_of(tick))
+        self._assembly.flights[tick] = Flight(fed, y, self._phase.schedule.actions_of(tick))
         try:
-            outcome = self._all_or_nothing(self._executor.run, self.schedule.tick(tick, self._first, tick))
+            outcome = self._all_or_nothing(self._executor.run, self._phase.schedule.tick(tick, self._first, tick))
         except (RuntimeError, IndexError):
             self._try_on_the_loss(x, y)  # gives a clearer reason, if the targets are to blame
             raise
@@ -153,12 +152,12 @@ class Learner:
 
     def _all_or_nothing(self, run: Callable[..., Outcome], *what: Any) -> Outcome:
         """After an error nothing half-learnt stays: weights have not changed yet, and running statistics are put back."""
-        _copy(self._buffers, self._backup)
+        self._undo.note()
         try:
             return run(self._assembly, *what)
         except BaseException:
             self._clear()
-            _copy(self._backup, self._buffers)
+            self._undo.restore()
             raise
 
     def _clear(self) -> None:
@@ -420,9 +419,31 @@ def _signature(values: Any) -> tuple:
     return tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors(values)) or (type(values),)
 
 
-def _copy(values: list[Tensor], into: list[Tensor]) -> None:
-    if values:
-        torch._foreach_copy_(into, values)
+class _Undo:
+    """Remembers the values of tensors; of each type and device in one piece, since they are many and small.
+
+    Args:
+        tensors: What is to be remembered, time and again.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        alike: dict[Any, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.is_contiguous():
+                alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.view(-1))
+            else:
+                alike[id(tensor)] = [tensor]
+        self._pieces = [(parts, torch.cat(parts)) for parts in alike.values()]
+
+    def note(self) -> None:
+        """Remembers the present values."""
+        for parts, whole in self._pieces:
+            torch.cat(parts, out=whole)
+
+    def restore(self) -> None:
+        """Puts back what was remembered last."""
+        for parts, whole in self._pieces:
+            torch._foreach_copy_(parts, whole.split([len(part) for part in parts]))
 
 
 def _to(state: Any, device: torch.device) -> Any:
