@@ -13,7 +13,7 @@ class Flight:
     """A batch between its entry and its last action.
 
     Attributes:
-        inputs: The batch.
+        inputs: The batch, detached.
         target: Its targets.
         remaining: Actions still to come.
         shared: Scratch space of the rule for this batch, common to all cells.

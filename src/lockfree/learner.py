@@ -98,7 +98,7 @@ class Learner:
         self._check_batch(x, y)
         self._enter(self._phase_of(self.steps))
         tick = self.steps
-        fed = self._phase.rule.feed(self._trained, detach(x), y, tick)
+        fed = detach(self._phase.rule.feed(self._trained, x, y, tick))
         self._assembly.flights[tick] = Flight(fed, y, self._phase.schedule.actions_of(tick))
         try:
             outcome = self._all_or_nothing(self._executor.run, self._phase.schedule.tick(tick, self._first, tick))

@@ -71,7 +71,7 @@ class Objective:
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"the loss must return one scalar tensor, a mean over the batch; it returned {describe(loss)}")
-        return loss.reshape(())
+        return loss.reshape(()) if loss.dim() else loss
 
     def sample_losses(self, outputs: Values, target: Any) -> Tensor:
         """Returns the loss of each sample alone, shape (batch,); of one that the loss ignores, 0.
