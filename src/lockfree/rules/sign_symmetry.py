@@ -13,7 +13,15 @@ from lockfree.rule import Card, Context
 
 
 class _Signed(Feedback):
-    r"""$B = M \circ \mathrm{sign}\,W$ with magnitudes M that are fixed.
+    r"""$B = M \circ \mathrm{sign}\,W$; what is kept is W and M."""
+
+    def matrix(self, *kept: Tensor) -> Tensor:
+        weight, magnitude = kept
+        return weight.sign().mul_(magnitude)
+
+
+class _Unchanged(_Signed):
+    """Magnitudes that stay from batch to batch.
 
     Args:
         magnitude: M, of the shape of the weight, or one number for all.
@@ -27,13 +35,9 @@ class _Signed(Feedback):
     def keep(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return weight, self.magnitude
 
-    def matrix(self, *kept: Tensor) -> Tensor:
-        weight, magnitude = kept
-        return weight.sign().mul_(magnitude)
 
-
-class _Redrawn(Feedback):
-    """The same with magnitudes that are drawn anew for each batch, uniformly up to the largest initial weight.
+class _Redrawn(_Signed):
+    """Magnitudes that are drawn anew for each batch, uniformly up to the largest initial weight.
 
     Args:
         weight: W.
@@ -50,21 +54,17 @@ class _Redrawn(Feedback):
         self._words.random_(-(2**63), None, generator=generator)
         return weight, torch.mul(self._numbers, self._unit).abs_().to(weight.dtype)
 
-    def matrix(self, *kept: Tensor) -> Tensor:
-        weight, magnitude = kept
-        return weight.sign().mul_(magnitude)
-
 
 def _uniform(weight: Tensor) -> Feedback:
     # The standard deviation of what PyTorch initialises these weights with.
     fan_in = weight[0].numel()
-    return _Signed(torch.full((), (3 * fan_in) ** -0.5, dtype=weight.dtype, device=weight.device))
+    return _Unchanged(torch.full((), (3 * fan_in) ** -0.5, dtype=weight.dtype, device=weight.device))
 
 
 _MAGNITUDES = {
     "uniform": _uniform,
     "batchwise": _Redrawn,
-    "fixed": lambda weight: _Signed(like_initial(weight).abs_()),
+    "fixed": lambda weight: _Unchanged(like_initial(weight).abs_()),
 }
 _NAMES = {"uniform": "uniform", "batchwise": "batchwise random", "fixed": "fixed random"}
 
