@@ -403,7 +403,7 @@ def _result(outcome: Outcome) -> StepResult:
 
 
 def _by_cell(losses: dict[tuple[int, int], Tensor]) -> dict[int, Tensor]:
-    return {cell: loss for (cell, _), loss in losses.items()} if losses else {}
+    return {cell: loss for (cell, _), loss in losses.items()}
 
 
 def _same_tensors(what: str, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
