@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import lockfree as lf
 
-RULES, SEEDS, EPOCHS, BATCH, CHANNELS = ["backprop", "predsim", "auglocal", "dgl"], [0], 10, 128, (3, 32, 64, 128)
+RULES, SEEDS, EPOCHS, BATCH, CHANNELS = ["backprop", "predsim", "auglocal", "dgl"], [0, 1, 2], 10, 128, (3, 32, 64, 128)
 
 
 def network() -> nn.Sequential:
