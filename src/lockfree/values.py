@@ -77,7 +77,7 @@ def batch_size(values: Values) -> int:
     Raises:
         ValueError: If the tree holds no such tensor.
     """
-    for tensor in (values,) if isinstance(values, Tensor) else tensors(values):
+    for tensor in tensors(values):
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError(f"the input is {type(values).__name__} without a batched tensor: pass tensors of shape (batch, ...)")

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from lockfree.chain import Block
 from lockfree.local import LocalRule, as_input_of
 from lockfree.rule import Card, Context, Place, Site
-from lockfree.values import Values, tensors
+from lockfree.values import Values, batch_size, tensors
 
 
 class _Adapter(nn.Module):
@@ -20,7 +20,7 @@ class _Adapter(nn.Module):
     def __init__(self, given: Sequence[Tensor], wanted: Values, block: str) -> None:
         super().__init__()
         self._pattern = pytree.tree_map_only(Tensor, lambda tensor: Tensor, wanted)  # the class stands for what is to be made
-        self._samples = len(given[0])
+        self._samples = batch_size(given)
         self._from: list[int] = []
         self.adapters = nn.ModuleList()
         for index, leaf in enumerate(tensors(wanted)):
@@ -39,7 +39,7 @@ class _Adapter(nn.Module):
             if leaf is Tensor:
                 return next(made)
             # A plain number that crosses a border was read off a shape: that of the batch, if it has its size.
-            return len(given[0]) if type(leaf) is int and leaf == self._samples else leaf
+            return batch_size(given) if type(leaf) is int and leaf == self._samples else leaf
 
         return pytree.tree_map(fill, self._pattern)
 
