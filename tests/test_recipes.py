@@ -1,11 +1,13 @@
 """Recipes: what they run, what they write, and that they go on where they were stopped."""
 
+import importlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -192,3 +194,17 @@ def test_ctrl_c_ends_a_recipe_and_the_same_command_goes_on(tmp_path):
     assert len(whole["entries"]) == 4
     assert [e["test_error"] for e in resumed["entries"]] == [e["test_error"] for e in whole["entries"]]
     assert (tmp_path / "b" / "plot.png").exists()
+
+
+def test_ctrl_c_that_meets_a_worker_between_two_trials_stops_the_next(tmp_path, monkeypatch):
+    runner = importlib.import_module("lockfree.recipes.run")
+    monkeypatch.setattr(runner, "_interrupted", threading.Event())
+    before = signal.signal(signal.SIGINT, runner._interrupt)
+    try:
+        assert runner._work(TINY, tmp_path / "first", "cpu")["steps"] >= 30
+        os.kill(os.getpid(), signal.SIGINT)  # nothing is raised here, where the pool would print it
+        with pytest.raises(KeyboardInterrupt):
+            runner._work(TINY, tmp_path / "second", "cpu")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "second").exists()

@@ -1,13 +1,15 @@
 """Running the trials of a recipe, several at a time, each on one core."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,39 +39,62 @@ def run(recipe: Recipe, folder: Path, *, workers: int, device: str = "cpu", told
     results: dict[str, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
-        futures = {pool.submit(_work, trial, folder / "trials" / trial.name, device): trial for trial in recipe.trials}
+        with _held_back_signal():  # and so by the workers, which start at the first `submit`, until they are ready for it
+            futures = {pool.submit(_work, trial, folder / "trials" / trial.name, device): trial for trial in recipe.trials}
         try:
             for future in as_completed(futures):
                 trial = futures[future]
                 results[trial.name] = future.result()
                 told(trial, results[trial.name])
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 os.kill(child.pid or 0, signal.SIGINT)
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
     return results
 
 
+@contextlib.contextmanager
+def _held_back_signal() -> Iterator[None]:
+    """Holds Ctrl-C back: one that comes meanwhile takes effect afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _interrupted = threading.Event()
+_at_work = threading.Event()
 
 
 def _work(trial: Trial, folder: Path, device: str) -> dict[str, Any]:
     """Runs a trial in a worker, unless it has been interrupted: the pool hands each worker one more than it asks for."""
-    if _interrupted.is_set():
-        raise KeyboardInterrupt
+    _at_work.set()
     try:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
         return trial.run(folder, device)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the Trainer's, which takes the signal while it trains
         _interrupted.set()
         raise
+    finally:
+        _at_work.clear()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stops the trial in progress; between two there is nothing to stop but the next one."""
+    _interrupted.set()
+    if _at_work.is_set():
+        raise KeyboardInterrupt
 
 
 def _begin() -> None:
     """Starts a worker: one thread, out of reach of the terminal's Ctrl-C (which is passed on once), and gone with its parent."""
     torch.set_num_threads(1)
     os.setpgrp()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has a parent"
 
