@@ -11,7 +11,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from lockfree.data.formats import decompressed
@@ -185,8 +185,7 @@ def _extract(archive: Path, source: Source, folder: Path) -> None:
     aside = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder))
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(aside, filter="data")
-        unpacked = {path.name: path for path in aside.rglob("*") if path.is_file()}
+            unpacked = dict(_unpacked(tar, aside))
         missing = [file.name for file in source.files if file.name not in unpacked]
         if missing:
             raise OSError(f"{archive.name}: expected {', '.join(missing)} in the archive too; report this, please")
@@ -196,3 +195,19 @@ def _extract(archive: Path, source: Source, folder: Path) -> None:
         raise OSError(f"{archive.name}: cannot be unpacked ({error}); report this, please") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _unpacked(tar: tarfile.TarFile, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Writes the regular files of an archive into one folder, and yields the name and the path of each.
+
+    By hand, since the first releases of Python 3.11 have no ``filter="data"`` to extract with.
+    """
+    for member in tar:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise tarfile.TarError(f"{member.name} points outside")
+        content = tar.extractfile(member) if member.isreg() else None
+        if content is not None:
+            with content, open(folder / path.name, "wb") as sink:
+                shutil.copyfileobj(content, sink)
+            yield path.name, folder / path.name
