@@ -108,9 +108,10 @@ class Cell:
         self.reports, self.learns_early = wiring.reports, wiring.learns_early
         self.learnt = [False, False]
         self.outputs_carry: list[bool] | None = None
+        self._plain_memos = rule.keeps_plain_memos(auxiliary)
         self._parts = {
             "block": _Part(block, overlaps=Kind.LEARN in wiring.overlaps),
-            "auxiliary": _Part(auxiliary, overlaps=Kind.AUXILIARY in wiring.overlaps),
+            "auxiliary": _Part(auxiliary, overlaps=Kind.AUXILIARY in wiring.overlaps and not self._plain_memos),
             "inputs": _Part(self.inputs, overlaps=Kind.INPUT in wiring.overlaps),
         }
         self._stashes = [part.stash for part in self._parts.values() if part.stash is not None]
@@ -298,6 +299,32 @@ class Cell:
         self.learnt[1] = True
         return loss.detach()
 
+    # ---- the parts of an action, for an executor that runs several cells as one ------------------------------------------------
+
+    def receive(self, batch: int, inputs: Tensor, outputs: Tensor, flight: Flight, kinds: frozenset[Kind]) -> None:
+        """The block has run forward on a batch elsewhere; both tensors are cut off every graph."""
+        visit = self._open(batch, len(inputs), flight, kinds)
+        visit.context.inputs, visit.context.outputs = inputs, (outputs,)
+        self._done(batch, Kind.FORWARD)
+
+    def take_credit(self, batch: int) -> Credit | None:
+        """Returns the credit of a batch; the block's own gradients are taken elsewhere."""
+        visit = self._visits[batch]
+        with full_precision(_device_type(visit.context.outputs)):
+            credit, visit.auxiliary_call = self._credit(visit, None)
+        visit.context.inputs = None
+        self._done(batch, Kind.LEARN)
+        return credit
+
+    def memo_of(self, batch: int) -> Any:
+        """Returns what the rule remembers of a batch for the auxiliary network; the batch leaves the cell."""
+        return self._visits.pop(batch).context.memo
+
+    def remember(self, batch: int, outputs: Tensor, memo: Any, flight: Flight) -> None:
+        """A batch comes back of which only the auxiliary network has yet to learn."""
+        visit = self._open(batch, len(outputs), flight, frozenset({Kind.AUXILIARY}))
+        visit.context.outputs, visit.context.memo = (outputs,), memo
+
     # ---- without a forward of its own: what a neighbour's step teaches the auxiliary networks here ----------------------------
 
     def input_of(self, batch: int) -> Values:
@@ -362,7 +389,7 @@ class Cell:
         for name, part in self._parts.items():
             if part.stash is not None:
                 state[f"{name}_stash"] = part.stash.state_dict()
-        return state | {"visits": {batch: _visit_state(visit) for batch, visit in self._visits.items()}}
+        return state | {"visits": {batch: self._visit_state(visit) for batch, visit in self._visits.items()}}
 
     def load_state_dict(self, state: dict[str, Any], flights: Mapping[int, Flight]) -> None:
         """Puts back what `state_dict` returned; the block's weights must have been put back before, and so must the flights.
@@ -390,9 +417,27 @@ class Cell:
         if visit.pending & {Kind.LEARN, Kind.MESSAGE} and context.inputs is not None:
             mark(context.inputs, state["carrying"])
             self._run_block(visit, call_from(state["block_call"]))
+        elif state["memo"] is not None:
+            context.memo = self.rule.memo_from(self.auxiliary, state["memo"])
         elif state["auxiliary_call"]:
             _, visit.auxiliary_call = self._credit(visit, call_from(state["auxiliary_call"]))
         return visit
+
+    def _visit_state(self, visit: _Visit) -> dict[str, Any]:
+        context = visit.context
+        calls = {"block": visit.block_call, "auxiliary": visit.auxiliary_call, "input": visit.input_call}
+        plain = self._plain_memos and context.memo is not None
+        return {
+            "pending": sorted(str(kind) for kind in visit.pending),
+            "inputs": detach(context.inputs),
+            "carrying": carrying(context.inputs),
+            "outputs": list(context.outputs),
+            "samples": context.samples,
+            "above": context.above,
+            "error": context.error,
+            "memo": self.rule.memo_state(self.auxiliary, context.memo) if plain else None,
+            **{f"{name}_call": call and call_state(call) for name, call in calls.items()},
+        }
 
 
 def _backward(made: tuple[Tensor, ...], credit: list[Tensor | None], inputs: tuple[Tensor, ...] | None) -> None:
@@ -428,21 +473,6 @@ class _Delivery(torch.autograd.Function):
         given = [given for given in ctx.credit if given is not None]
         ctx.credit.clear()
         return None, *(part.to(kind) for part, kind in zip(given, ctx.types, strict=True))
-
-
-def _visit_state(visit: _Visit) -> dict[str, Any]:
-    context = visit.context
-    calls = {"block": visit.block_call, "auxiliary": visit.auxiliary_call, "input": visit.input_call}
-    return {
-        "pending": sorted(str(kind) for kind in visit.pending),
-        "inputs": detach(context.inputs),
-        "carrying": carrying(context.inputs),
-        "outputs": list(context.outputs),
-        "samples": context.samples,
-        "above": context.above,
-        "error": context.error,
-        **{f"{name}_call": call and call_state(call) for name, call in calls.items()},
-    }
 
 
 def _device_type(tensors: tuple[Tensor, ...]) -> str:

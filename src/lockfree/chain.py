@@ -107,6 +107,12 @@ class Block(nn.Module):
         self._works_in_place |= in_place
         return outputs
 
+    @property
+    def body(self) -> nn.Module | None:
+        """What runs the block in its present modes, if that is a module that takes one value and leaves it as it is."""
+        piece = self._forms.now()[self._index]
+        return piece.body if piece.takes == 1 and not self._works_in_place and not self._recompute else None
+
     def copy(self) -> nn.Module:
         """Returns what the block runs in its present modes as a module with weights of its own."""
         in_place = self._works_in_place or not self._runs  # who has not run might

@@ -135,6 +135,7 @@ class Learner:
                 f"a block cannot be stepped alone under {self.rule.title}, which keeps the locks {held}: take them off, with "
                 "SyntheticGradients(conditioned=True, synthetic_inputs=True), or use step"
             )
+        self._executor.settle(self._assembly)
         if self._assembly.flights:
             raise ValueError("a block cannot be stepped alone with batches in flight: call drain first")
         if not 0 <= block < len(self.cells):
@@ -163,6 +164,7 @@ class Learner:
     def _clear(self) -> None:
         self._first = self.steps
         self._assembly.clear()
+        self._executor.forget()
 
     def _phase_of(self, batch: int) -> "Phase":
         return [phase for phase in self._phases if phase.start <= batch][-1]
@@ -300,6 +302,7 @@ class Learner:
 
         Model, auxiliary networks, optimizers, batches and messages in flight, and the states of the random generators.
         """
+        self._executor.settle(self._assembly)
         flights = {
             batch: {
                 "inputs": flight.inputs,

@@ -43,6 +43,10 @@ class Link:
         """Takes the activations of a batch from below, once."""
         return self._up.pop(batch)
 
+    def peek(self, batch: int) -> Values | None:
+        """Returns the activations of a batch that wait to be taken; ``None`` if there are none."""
+        return self._up.get(batch)
+
     def send(self, batch: int, message: Credit | None) -> None:
         """Sends the message of a batch down."""
         self._down[batch] = message

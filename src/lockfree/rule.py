@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lockfree.stacking import CreditStack
 from lockfree.values import Credit, Values, carriers
 
 
@@ -308,6 +309,31 @@ class Rule(ABC):
     def learn(self, context: Context) -> Tensor | None:
         """Leaves gradients on the auxiliary network's parameters; returns the loss that they descend, for the record."""
         return None
+
+    def credit_stack(self, auxiliaries: Sequence[nn.Module | None]) -> CreditStack | None:
+        """Says how n cells of equal structure, one tensor out of each, take their credit in one operation; ``None``: one by one.
+
+        The numbers must be those of `credit` and `learn`.
+
+        Args:
+            auxiliaries: What `build` made for them, bottom to top.
+        """
+        return None
+
+    def keeps_plain_memos(self, auxiliary: nn.Module | None) -> bool:
+        """Whether what `credit` remembers for `learn` is plain data that holds no graph of autograd.
+
+        It can then be stored as it is (`memo_state`), and the weights that it was made with may change at will.
+        """
+        return False
+
+    def memo_state(self, auxiliary: nn.Module | None, memo: Any) -> Any:
+        """Returns a plain memo as lists, dicts and tensors."""
+        raise NotImplementedError(f"{type(self).__name__} says that its memos are plain, but does not store them")
+
+    def memo_from(self, auxiliary: nn.Module | None, state: Any) -> Any:
+        """Returns the memo that `memo_state` stored."""
+        raise NotImplementedError(f"{type(self).__name__} says that its memos are plain, but does not read them")
 
     def feed(self, trained: Trained, inputs: Values, target: Any, batch: int) -> Values:
         """Returns what enters the chain for a batch: the network's input, or whatever the blocks are to tell apart instead.

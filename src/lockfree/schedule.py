@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from lockfree.rule import Clock, Needs, Pace
 
@@ -103,6 +103,14 @@ class Schedule:
         """Ticks between a batch's entry and its last action."""
         return max(self._offset.values())
 
+    def age(self, cell: int, kind: Kind) -> int | None:
+        """Returns how many ticks after a batch's entry a cell does this to it; ``None``: it never does."""
+        return self._offset.get((cell, kind))
+
+    def remaining(self, age: int) -> int:
+        """Returns the number of actions to come of a batch that entered so many ticks ago, once those of this tick are done."""
+        return sum(offset > age for offset in self._offset.values())
+
     def kinds(self, cell: int, batch: int) -> frozenset[Kind]:
         """Returns everything that a cell does on a batch."""
         return self._all_kinds[cell] if self.clock is None else self._kinds(batch)[cell]
@@ -139,7 +147,7 @@ class Schedule:
             return len(self._offset)
         return sum(map(len, self._kinds(batch)))
 
-    def tick(self, tick: int, first: int, last: int) -> list[Action]:
+    def tick(self, tick: int, first: int, last: int) -> "Tick":
         """Returns the actions of one tick in the order of the sequential reference.
 
         Args:
@@ -147,10 +155,13 @@ class Schedule:
             first: Earliest batch that may take part (a drain ended all before it).
             last: Latest batch that has entered or enters now.
         """
-        window = (max(first - tick, -self.depth), min(last - tick, 0))
-        if window not in self._orders:
-            self._orders[window] = self._order(*window)
-        actions = [_action((cell, kind, tick + shift)) for cell, kind, shift in self._orders[window]]
+        return Tick(self, tick, max(first - tick, -self.depth), min(last - tick, 0))
+
+    def _listed(self, tick: int, low: int, high: int) -> list[Action]:
+        """Lists the actions of one tick, of batches that entered from ``-low`` to ``-high`` ticks ago."""
+        if (low, high) not in self._orders:
+            self._orders[low, high] = self._order(low, high)
+        actions = [_action((cell, kind, tick + shift)) for cell, kind, shift in self._orders[low, high]]
         return actions if self.clock is None else list(self._on_the_clock(actions))
 
     def _on_the_clock(self, actions: Sequence[Action]) -> Iterator[Action]:
@@ -229,6 +240,55 @@ class Schedule:
                 emit(below, Kind.AUXILIARY)
         assert not pending, f"actions that wait for each other: {pending}"
         return order
+
+
+class Tick(Sequence[Action]):
+    """The actions of one tick; they are worked out when somebody looks, since an executor may know them by heart.
+
+    Args:
+        schedule: Whose tick it is.
+        number: Its number.
+        low: Minus the age, in ticks, of the oldest batch that takes part.
+        high: Likewise of the youngest.
+    """
+
+    __slots__ = ("_actions", "_high", "_low", "_schedule", "number")
+
+    def __init__(self, schedule: Schedule, number: int, low: int, high: int) -> None:
+        self._schedule, self.number, self._low, self._high = schedule, number, low, high
+        self._actions: list[Action] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every cell does all that it ever does: the pipeline is full, and no clock lets a cell rest."""
+        return self._high == 0 and self._low == -self._schedule.depth and self._schedule.clock is None
+
+    @property
+    def _list(self) -> list[Action]:
+        if self._actions is None:
+            self._actions = self._schedule._listed(self.number, self._low, self._high)
+        return self._actions
+
+    @overload
+    def __getitem__(self, index: int) -> Action: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Action]: ...
+    def __getitem__(self, index: int | slice) -> Action | list[Action]:
+        return self._list[index]
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def __iter__(self) -> Iterator[Action]:
+        return iter(self._list)
+
+    def __eq__(self, other: object) -> bool:
+        return self._list == (other._list if isinstance(other, Tick) else other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Tick({self.number}: {' '.join(map(str, self._list))})"
 
 
 _BEFORE = {Kind.LEARN: Kind.FORWARD, Kind.AUXILIARY: Kind.LEARN, Kind.INPUT: Kind.FORWARD}

@@ -38,6 +38,11 @@ class Update:
         self._gathered: list[Tensor | None] = []
         self._count = 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether each parameter is stepped with each of its gradients as it is."""
+        return self._every == 1 and self._clip_norm is None
+
     def take(self) -> None:
         """Takes the gradients that lie on the parameters; steps if that makes n of them."""
         if self._every > 1:

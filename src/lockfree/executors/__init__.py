@@ -2,8 +2,9 @@
 
 from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.executors.sequential import Sequential
+from lockfree.executors.stacked import Stacked
 
-EXECUTORS: dict[str, type[Executor]] = {"sequential": Sequential}
+EXECUTORS: dict[str, type[Executor]] = {"sequential": Sequential, "stacked": Stacked}
 """Every executor by the name that `lockfree.convert` takes."""
 
-__all__ = ["EXECUTORS", "Assembly", "Executor", "Outcome", "Sequential"]
+__all__ = ["EXECUTORS", "Assembly", "Executor", "Outcome", "Sequential", "Stacked"]

@@ -120,6 +120,12 @@ class Executor(ABC):
             Diverged: If a loss is not finite; no weight has changed then.
         """
 
+    def settle(self, assembly: Assembly) -> None:
+        """Puts what is in flight where cells, links and flights keep it, for whoever wants to look at them or act on them."""
+
+    def forget(self) -> None:
+        """Forgets what is in flight: whoever calls this has cleared cells, links and flights."""
+
     @abstractmethod
     def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
         """Lets one cell learn on a batch with nobody waiting, and with it what the neighbours predict for its sake.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lockfree.cell import Cell
+from lockfree.executors import finite
 from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.flight import Flight
-from lockfree.objective import Diverged, is_finite
 from lockfree.precision import full_precision
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
@@ -24,7 +24,7 @@ class Sequential(Executor):
             return _run_as_one_graph(assembly, actions[0].batch)
         outcome = Outcome()
         for index, action in enumerate(actions):
-            _ACTIONS[action.kind](assembly, assembly.cells[action.cell], action.batch, outcome)
+            act(assembly, action, outcome)
             if assembly.at_once and action.cell != actions[min(index + 1, len(actions) - 1)].cell:
                 assembly.update()
         assembly.finish(actions)
@@ -36,22 +36,27 @@ class Sequential(Executor):
         outcome, alone = Outcome(), assembly.cells[cell]
         assembly.flights[batch] = flight
         outputs = _forward(assembly, alone, batch, outcome, frozenset({Kind.FORWARD, Kind.LEARN}))
-        _refuse_what_is_not_finite(alone, batch, outputs)
+        finite.refuse(alone, batch, outputs)
         stand_in = alone.input_of(batch)
         _learn(assembly, alone, batch, outcome)
         if not alone.place.top:
             made = assembly.links[cell].take(batch)
             above = assembly.cells[cell + 1]
-            outcome.inputs[cell + 1, batch] = _finite(assembly, above, batch, above.learn_inputs_from(flight.inputs, made))
+            outcome.inputs[cell + 1, batch] = finite.beside(assembly, above, batch, above.learn_inputs_from(flight.inputs, made))
         if cell and assembly.cells[cell - 1].auxiliary_needs is not None:
             message = assembly.links[cell - 1].receive(batch) if alone.reports else None
             below, sample_losses = assembly.cells[cell - 1], assembly.sample_losses(batch)
             loss = below.learn_credit_at(batch, stand_in, flight, message, flight.error, sample_losses)
             if loss is not None:
-                outcome.auxiliary[cell - 1, batch] = _finite(assembly, below, batch, loss)
+                outcome.auxiliary[cell - 1, batch] = finite.beside(assembly, below, batch, loss)
         assembly.end(batch)
         assembly.update()
         return outcome
+
+
+def act(assembly: Assembly, action: Action, outcome: Outcome) -> None:
+    """Runs one action; weights have not changed when it returns."""
+    _ACTIONS[action.kind](assembly, assembly.cells[action.cell], action.batch, outcome)
 
 
 def _run_as_one_graph(assembly: Assembly, batch: int) -> Outcome:
@@ -61,19 +66,11 @@ def _run_as_one_graph(assembly: Assembly, batch: int) -> Outcome:
     for cell in assembly.cells:
         values = cell.run_through(batch, values, flight)
     loss = assembly.objective.evaluate(values, flight.target)
-    outcome = Outcome({batch: _finite_at_the_top(assembly, batch, loss)})
+    outcome = Outcome({batch: finite.at_the_top(assembly, batch, loss)})
     _differentiate(loss)
     del assembly.flights[batch]
     assembly.blocks.take()
     return outcome
-
-
-def _finite_at_the_top(assembly: Assembly, batch: int, loss: Tensor) -> Tensor:
-    """Returns the loss of a batch, detached, unless it is not finite."""
-    if not is_finite(loss):
-        where = f"cell {len(assembly.cells) - 1} (the top one) gave finite scores, the loss itself is not finite"
-        raise Diverged(_where_it_broke(assembly, batch, f"the loss is {loss.item()}", where))
-    return loss.detach()
 
 
 def _differentiate(loss: Tensor) -> None:
@@ -88,7 +85,7 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds
     inputs = flight.inputs if not index or cell.synthetic else assembly.links[index - 1].take(batch)
     outputs = cell.forward(batch, inputs, flight, kinds)
     if cell.learns_early:
-        _refuse_what_is_not_finite(cell, batch, outputs)
+        finite.refuse(cell, batch, outputs)
     if index != len(assembly.cells) - 1:
         assembly.links[index].lift(batch, outputs)
         return outputs
@@ -98,16 +95,8 @@ def _forward(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kinds
     else:
         flight.loss, flight.error = assembly.objective(outputs, flight.target)
         flight.scores = detach(outputs)
-    outcome.losses[batch] = _finite_at_the_top(assembly, batch, flight.loss)
+    outcome.losses[batch] = finite.at_the_top(assembly, batch, flight.loss)
     return outputs
-
-
-def _refuse_what_is_not_finite(cell: Cell, batch: int, outputs: Values) -> None:
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors(outputs)):
-        raise Diverged(
-            f"training broke at step {batch + 1}: cell {cell.place.index} ('{cell.block.name}') gave the first output that is not "
-            "finite; look for bad values in the data, lower the learning rate, or go on from the last checkpoint"
-        )
 
 
 def _learn(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kind: Kind = Kind.LEARN) -> None:
@@ -122,7 +111,7 @@ def _learn(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome, kind: K
     try:
         message = cell.learn(batch, above, error, kind)
     except ValueError:
-        _refuse_what_is_not_finite(cell, batch, cell.outputs_of(batch))  # a clearer reason, if that is what it was
+        finite.refuse(cell, batch, cell.outputs_of(batch))  # a clearer reason, if that is what it was
         raise
     if cell.reports:
         assembly.links[cell.place.index - 1].send(batch, message)
@@ -138,20 +127,12 @@ def _learn_auxiliary(assembly: Assembly, cell: Cell, batch: int, outcome: Outcom
     above, error = _credit_for(assembly, cell, needs, batch)
     loss = cell.learn_auxiliary(batch, above, error, assembly.sample_losses(batch) if cell.rule.wants_sample_losses() else None)
     if loss is not None:
-        outcome.auxiliary[cell.place.index, batch] = _finite(assembly, cell, batch, loss)
+        outcome.auxiliary[cell.place.index, batch] = finite.beside(assembly, cell, batch, loss)
 
 
 def _learn_inputs(assembly: Assembly, cell: Cell, batch: int, outcome: Outcome) -> None:
     loss = cell.learn_inputs(batch, assembly.links[cell.place.index - 1].take(batch))
-    outcome.inputs[cell.place.index, batch] = _finite(assembly, cell, batch, loss)
-
-
-def _finite(assembly: Assembly, cell: Cell, batch: int, loss: Tensor) -> Tensor:
-    """Returns the loss of a network beside a block, unless it is not finite."""
-    if not is_finite(loss):
-        where = f"cell {cell.place.index} ('{cell.block.name}') gave finite values, the loss that it learns by is not"
-        raise Diverged(_where_it_broke(assembly, batch, f"a local loss is {loss.item()}", where))
-    return loss
+    outcome.inputs[cell.place.index, batch] = finite.beside(assembly, cell, batch, loss)
 
 
 _ACTIONS = {
@@ -172,18 +153,3 @@ def _credit_for(assembly: Assembly, cell: Cell, needs: Needs | None, batch: int)
     if needs is not None and needs >= Needs.ERROR:
         error = flight.error
     return above, error
-
-
-def _where_it_broke(assembly: Assembly, batch: int, what: str, otherwise: str) -> str:
-    """Names the lowest cell whose output is not finite; the batch is run once more for that."""
-    where, values = otherwise, assembly.flights[batch].inputs
-    with torch.no_grad():
-        for cell in assembly.cells:
-            values = cell.block(values)
-            if not all(bool(tensor.isfinite().all()) for tensor in tensors(values)):
-                where = f"cell {cell.place.index} ('{cell.block.name}') gave the first output that is not finite"
-                break
-    return (
-        f"{what} at step {batch + 1}: {where}; look for bad values in the data, lower the learning rate, or go on from the last "
-        "checkpoint"
-    )

@@ -2,9 +2,9 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from lockfree.choose import choose
 from lockfree.objective import describe
 from lockfree.rule import Card, Clock, Context, Needs, Pace, Place, Rule, Site
-from lockfree.synthesisers import FORMS, Design, InputSynthesiser, ModuleSynthesiser, Prediction, Synthesiser
+from lockfree.stacking import CreditStack
+from lockfree.synthesisers import (
+    FORMS,
+    Design,
+    InputSynthesiser,
+    LinearCredits,
+    LinearSynthesiser,
+    ModuleSynthesiser,
+    Prediction,
+    Synthesiser,
+)
 from lockfree.values import Credit
 
 
@@ -251,6 +261,24 @@ class SyntheticGradients(Rule):
             for synthetic, true in zip(credit, context.above, strict=True)
         )
 
+    def credit_stack(self, auxiliaries: Sequence[nn.Module | None]) -> CreditStack | None:
+        networks = [network for auxiliary in auxiliaries for network in cast("nn.ModuleList", auxiliary or [])]
+        linear = len(networks) == len(auxiliaries) and all(type(network) is LinearSynthesiser for network in networks)
+        if self.noise or self.mix or not linear:
+            return None
+        return LinearCredits(networks, _labels if self.conditioned else None)
+
+    def keeps_plain_memos(self, auxiliary: nn.Module | None) -> bool:
+        return isinstance(auxiliary, nn.ModuleList) and all(isinstance(one, Synthesiser) and one.plain for one in auxiliary)
+
+    def memo_state(self, auxiliary: nn.Module | None, memo: list[Prediction]) -> Any:
+        networks = cast("nn.ModuleList", auxiliary)
+        return [cast("Synthesiser", network).store(one) for network, one in zip(networks, memo, strict=True)]
+
+    def memo_from(self, auxiliary: nn.Module | None, state: Any) -> list[Prediction]:
+        networks = cast("nn.ModuleList", auxiliary)
+        return [cast("Synthesiser", network).restore(one) for network, one in zip(networks, state, strict=True)]
+
     def learn(self, context: Context) -> Tensor | None:
         if not context.outputs:
             return None
@@ -265,8 +293,8 @@ class SyntheticGradients(Rule):
         return loss
 
     def _predict(self, context: Context) -> list[Prediction]:
-        label = _labels(context) if self.conditioned else None
-        pairs = zip(_synthesisers(context), context.outputs, strict=True)
+        pairs = list(zip(_synthesisers(context), context.outputs, strict=True))
+        label = _labels(context.shared, context.target, pairs[0][1], pairs[0][0].classes) if self.conditioned else None
         return [network.predict(y, label, context.samples) for network, y in pairs]
 
     def _consumed(self, context: Context, index: int, prediction: Prediction) -> Tensor:
@@ -299,20 +327,19 @@ def _synthesisers(context: Context) -> list[Synthesiser]:
     return list(cast("nn.ModuleList", context.auxiliary))  # pyrefly: ignore[bad-return]
 
 
-def _labels(context: Context) -> Tensor:
+def _labels(shared: dict[str, Any], target: Any, y: Tensor, width: int) -> Tensor:
     """Returns what conditioning shows of the batch's targets, made once for all cells: one-hot rows, or real-valued targets."""
-    if "labels" not in context.shared:
-        target, width = context.target, _synthesisers(context)[0].classes
-        if isinstance(target, Tensor) and target.is_floating_point() and target.shape == (context.samples, width):
-            context.shared["labels"] = target
+    if "labels" not in shared:
+        if isinstance(target, Tensor) and target.is_floating_point() and target.shape == (len(y), width):
+            shared["labels"] = target
         elif isinstance(target, Tensor) and not target.is_floating_point() and target.dim() == 1:
             number = target.long()[:, None]
-            zeros = context.outputs[0].new_zeros(len(number), width)
+            zeros = y.new_zeros(len(number), width)
             # A negative number is one that the loss ignores; it has no class.
-            context.shared["labels"] = zeros.scatter_(1, number.clamp_min(0), (number >= 0).to(zeros.dtype))
+            shared["labels"] = zeros.scatter_(1, number.clamp_min(0), (number >= 0).to(zeros.dtype))
         else:
             raise ValueError(
                 f"a label-conditioned synthesiser needs class numbers of shape (batch,), or targets like the model's output "
                 f"(batch, {width}), the targets are {describe(target)}"
             )
-    return context.shared["labels"]
+    return shared["labels"]

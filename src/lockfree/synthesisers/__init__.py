@@ -11,7 +11,8 @@ from lockfree.synthesisers.base import Design, GradientSynthesiser, Prediction, 
 from lockfree.synthesisers.critic import CriticSynthesiser
 from lockfree.synthesisers.gaussian import GaussianSynthesiser
 from lockfree.synthesisers.inputs import InputSynthesiser
-from lockfree.synthesisers.networks import ModuleSynthesiser, gradient_network
+from lockfree.synthesisers.networks import LinearSynthesiser, ModuleSynthesiser, gradient_network
+from lockfree.synthesisers.stacked import LinearCredits
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ __all__ = [
     "Form",
     "GradientSynthesiser",
     "InputSynthesiser",
+    "LinearCredits",
+    "LinearSynthesiser",
     "ModuleSynthesiser",
     "Prediction",
     "Synthesiser",

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -45,7 +45,6 @@ class Prediction:
     graph: Any
     scale: Tensor | None = None
 
-
 class Synthesiser(nn.Module, ABC):
     """Predicts the gradient of the loss with respect to y, from y and optionally the label c (a one-hot row, or real numbers).
 
@@ -54,9 +53,14 @@ class Synthesiser(nn.Module, ABC):
     Args:
         classes: Number of classes to condition on, 0 for none.
 
+    Attributes:
+        plain: Whether a prediction of it holds tensors alone and no graph of autograd; `store` and `restore` then serve it.
+
     Reference:
         Jaderberg et al. 2016, arXiv 1608.05343, section 2.
     """
+
+    plain: ClassVar[bool] = False
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -84,6 +88,14 @@ class Synthesiser(nn.Module, ABC):
             samples: m.
             sample_losses: Returns the loss of each sample, shape (m,); ``None`` if the error has not been asked for.
         """
+
+    def store(self, prediction: Prediction) -> dict[str, Tensor | None]:
+        """Returns a plain prediction as tensors by name."""
+        raise NotImplementedError(f"{type(self).__name__} does not store predictions")
+
+    def restore(self, state: dict[str, Any]) -> Prediction:
+        """Returns the prediction that `store` took apart."""
+        raise NotImplementedError(f"{type(self).__name__} does not read predictions")
 
 
 class GradientSynthesiser(Synthesiser):

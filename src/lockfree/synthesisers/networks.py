@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class LinearSynthesiser(GradientSynthesiser):
         design: Of it, the number of classes.
     """
 
+    plain = True
+
     def __init__(self, like: Tensor, design: Design) -> None:
         super().__init__(design.classes)
         units = like.shape[-1]
@@ -66,9 +69,24 @@ class LinearSynthesiser(GradientSynthesiser):
             credit = (label @ table).addmm_(rows, weight.t(), beta=1 / samples, alpha=1 / samples)
         return Prediction(credit.view(y.shape), (hold(rows), label))
 
+    @staticmethod
+    def opened(prediction: Prediction) -> tuple[Tensor, Tensor | None]:
+        """Returns what a prediction was made from: the outputs as rows, and the labels."""
+        rows, label = prediction.graph
+        return unhold(rows), label
+
+    def store(self, prediction: Prediction) -> dict[str, Tensor | None]:
+        """Returns the prediction, and what it was made from."""
+        rows, label = self.opened(prediction)
+        return {"credit": prediction.credit, "rows": rows, "label": label}
+
+    def restore(self, state: dict[str, Any]) -> Prediction:
+        """Returns the prediction that `store` took apart."""
+        return Prediction(state["credit"], (hold(state["rows"]), state["label"]))
+
     def regress(self, prediction: Prediction, difference: Tensor) -> None:
         """Leaves the gradients in closed form."""
-        rows, label = unhold(prediction.graph[0]), prediction.graph[1]
+        rows, label = self.opened(prediction)
         difference = difference.flatten(0, -2)
         self.weight.grad = difference.t() @ rows
         self.table.grad = difference.sum(0, keepdim=True) if label is None else label.t() @ difference

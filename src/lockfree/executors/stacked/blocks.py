@@ -1,0 +1,190 @@
+"""Blocks of equal structure run forward, differentiated and stepped as one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lockfree.stacking import Descent, ParameterStack
+
+
+class BlockStack(ABC):
+    """n blocks as one.
+
+    Attributes:
+        parameters: What they learn.
+    """
+
+    parameters: Sequence[ParameterStack] = ()
+
+    @property
+    def holds(self) -> bool:
+        """Whether it still stands for the blocks: their parameters are its own, and they are in the modes that it was made in."""
+        return all(stack.holds for stack in self.parameters)
+
+    @abstractmethod
+    def room(self, inputs: Tensor) -> Tensor:
+        """Returns memory for the outputs that belong to these inputs."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Runs the blocks on ``inputs``, shape (n, m, ...), and writes what they make to ``outputs``."""
+
+    @abstractmethod
+    def backward(self, credit: Tensor, messages: Tensor | None) -> None:
+        """Takes the credit, shape of the outputs, and writes dL/dx to ``messages``, shape of the inputs, if anyone wants it."""
+
+    @abstractmethod
+    def descend(self, descent: Descent) -> None:
+        """Hands over the gradients of the last `backward`."""
+
+
+class Activation(NamedTuple):
+    """An elementwise function whose derivative follows from its value.
+
+    Attributes:
+        apply: Writes the function of a tensor in its place.
+        differentiate: (credit, value) to the gradient before the function.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    differentiate: Callable[[Tensor, Tensor], Tensor]
+
+
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.ReLU: Activation(torch.relu_, lambda credit, value: torch.ops.aten.threshold_backward(credit, value, 0)),
+    nn.Tanh: Activation(torch.tanh_, lambda credit, value: torch.ops.aten.tanh_backward(credit, value)),
+    nn.Sigmoid: Activation(torch.sigmoid_, lambda credit, value: torch.ops.aten.sigmoid_backward(credit, value)),
+}
+_IDENTITY = Activation(lambda values: values, lambda credit, value: credit)
+
+
+def affine(body: nn.Module) -> tuple[nn.Linear, Activation] | None:
+    """Returns what a body consists of if that is an affine map and at most one `ACTIVATIONS`, all learning; else ``None``."""
+    parts = [part for part in body.modules() if not any(True for _ in part.children())]
+    plain = all(type(part) is nn.Sequential for part in body.modules() if part not in parts)
+    kinds = [type(part) for part in parts]
+    if not plain or kinds[:1] != [nn.Linear] or len(kinds) > 2 or (len(kinds) == 2 and kinds[1] not in ACTIVATIONS):
+        return None
+    if any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in body.modules()):
+        return None
+    if not all(parameter.requires_grad for parameter in body.parameters()):
+        return None
+    layer = parts[0]
+    assert isinstance(layer, nn.Linear)
+    return layer, ACTIVATIONS[kinds[1]] if len(kinds) == 2 else _IDENTITY
+
+
+class AffineBlocks(BlockStack):
+    r"""Affine maps with an activation, $y = f(W x + b)$, by hand: three batched products a tick.
+
+    $$g = f'(\cdot)\,\delta, \qquad \partial L/\partial x = g W, \qquad \partial L/\partial W = g^T x, \qquad
+    \partial L/\partial b = \textstyle\sum_m g_m$$
+
+    Args:
+        layers: The maps.
+        activation: f.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], activation: Activation) -> None:
+        self._weight = ParameterStack([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias = ParameterStack(biases) if biases else None
+        self.parameters = [self._weight] + ([self._bias] if self._bias else [])
+        self._activation = activation
+        self._transposed = self._weight.value.transpose(1, 2)
+        self._offset = None if self._bias is None else self._bias.value[:, None]
+        self._x = self._y = self._g = torch.empty(0)
+
+    def room(self, inputs: Tensor) -> Tensor:
+        return inputs.new_empty(*inputs.shape[:-1], self._weight.value.shape[1])
+
+    def forward(self, inputs: Tensor, outputs: Tensor) -> None:
+        x, y = inputs.flatten(1, -2), outputs.flatten(1, -2)
+        if self._offset is None:
+            torch.bmm(x, self._transposed, out=y)
+        else:
+            torch.baddbmm(self._offset, x, self._transposed, out=y)
+        self._activation.apply(y)
+        self._x, self._y = x, y
+
+    def backward(self, credit: Tensor, messages: Tensor | None) -> None:
+        self._g = self._activation.differentiate(credit.flatten(1, -2), self._y)
+        if messages is not None:
+            torch.bmm(self._g, self._weight.value, out=messages.flatten(1, -2))
+
+    def descend(self, descent: Descent) -> None:
+        descent.follow_product(self._weight, self._g.transpose(1, 2), self._x)
+        if self._bias is not None:
+            descent.follow(self._bias, self._g.sum(1))
+
+
+class ModuleBlocks(BlockStack):
+    """Any blocks: one of them serves as the template, which `torch.func.vmap` runs with the weights of all.
+
+    Args:
+        bodies: What runs the blocks.
+    """
+
+    def __init__(self, bodies: Sequence[nn.Module]) -> None:
+        self._template, self._bodies = bodies[0], list(bodies)
+        names = [name for name, _ in self._template.named_parameters()]
+        columns = zip(*(body.parameters() for body in bodies), strict=True)
+        self._stacks = {name: ParameterStack(column) for name, column in zip(names, columns, strict=True)}
+        self._learning = [name for name, parameter in self._template.named_parameters() if parameter.requires_grad]
+        self.parameters = [self._stacks[name] for name in self._learning]
+        self._buffers = {
+            name: list(column)
+            for name, column in zip(
+                [name for name, _ in self._template.named_buffers()],
+                zip(*(body.buffers() for body in bodies), strict=True),
+                strict=True,
+            )
+        }
+        self._modes = self._training()
+        self._run = torch.func.vmap(self._one, randomness="error")
+        self._moved: dict[str, Tensor] = {}
+        self._x = self._y = torch.empty(0)
+        self._leaves: list[Tensor] = []
+        self._found: Sequence[Tensor | None] = ()
+
+    def _training(self) -> list[bool]:
+        return [module.training for body in self._bodies for module in body.modules()]
+
+    @property
+    def holds(self) -> bool:
+        """Whether parameters and modes are those that it was made with."""
+        return super().holds and self._training() == self._modes
+
+    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], values: Tensor) -> Tensor:
+        return torch.func.functional_call(self._template, (parameters, buffers), (values,))
+
+    def room(self, inputs: Tensor) -> Tensor:
+        return torch.empty_like(inputs)  # in a run of blocks what goes out is what goes in
+
+    def forward(self, inputs: Tensor, outputs: Tensor) -> None:
+        self._x = inputs.detach()
+        parameters = {name: stack.value.detach() for name, stack in self._stacks.items()}
+        self._leaves = [parameters[name].requires_grad_() for name in self._learning]
+        self._moved = {name: torch.stack(column) for name, column in self._buffers.items()}
+        with torch.enable_grad():
+            self._y = self._run(parameters, self._moved, self._x.requires_grad_())
+        outputs.copy_(self._y.detach())
+
+    def backward(self, credit: Tensor, messages: Tensor | None) -> None:
+        wanted = self._leaves if messages is None else [*self._leaves, self._x]
+        found = torch.autograd.grad(self._y, wanted, credit.to(self._y.dtype), allow_unused=True)
+        self._found = found[: len(self._leaves)]
+        if messages is not None:
+            messages.copy_(found[-1]) if found[-1] is not None else messages.zero_()
+        self._x = self._y = torch.empty(0)
+
+    def descend(self, descent: Descent) -> None:
+        for stack, gradient in zip(self.parameters, self._found, strict=True):
+            if gradient is not None:
+                descent.follow(stack, gradient)
+        self._found = ()
+        for name, column in self._buffers.items():
+            torch._foreach_copy_(column, self._moved[name].unbind())

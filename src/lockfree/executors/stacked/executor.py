@@ -1,0 +1,231 @@
+"""The executor that runs blocks of equal structure as one."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lockfree.cell import Cell
+from lockfree.executors.base import Assembly, Executor, Outcome
+from lockfree.executors.sequential import Sequential, act
+from lockfree.executors.stacked.alike import anatomy, computes_with, held_alone
+from lockfree.executors.stacked.blocks import AffineBlocks, BlockStack, ModuleBlocks, affine
+from lockfree.executors.stacked.credit import Credits, FromLoss, OneByOne, credits_for
+from lockfree.executors.stacked.stack import Stack
+from lockfree.executors.stacked.update import StackedUpdate, stacked_update
+from lockfree.flight import Flight
+from lockfree.link import Link
+from lockfree.rule import Rule
+from lockfree.schedule import Action, Kind, Tick
+from lockfree.values import Values
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What runs as one in a full pipeline.
+
+    Attributes:
+        stacks: The runs of cells, bottom to top.
+        others: The actions of all other cells, as (cell, kind, batch less the tick).
+        alone: The other cells, and those whose auxiliary networks learn one by one.
+        shape: Shape of a batch.
+        blocks: Steps the weights of the blocks.
+        auxiliaries: Steps those of auxiliary networks; ``None`` if no stack has any.
+    """
+
+    stacks: list[Stack]
+    others: list[tuple[int, Kind, int]]
+    alone: list[Cell]
+    shape: torch.Size
+    blocks: StackedUpdate
+    auxiliaries: StackedUpdate | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether models and optimizers are still those that were stacked."""
+        updates = [self.blocks] + ([self.auxiliaries] if self.auxiliaries else [])
+        return all(stack.blocks.holds for stack in self.stacks) and all(update.holds for update in updates)
+
+
+class Stacked(Executor):
+    """Runs neighbouring blocks of equal structure as one batched operation, whenever the pipeline is full; else as `Sequential`.
+
+    A block can be part of a stack if it learns the moment that it has run (needs TARGET at most), draws no random numbers, takes and
+    makes one tensor of the same shape as its neighbours in the stack, and shares no weight. All other blocks run one by one.
+    """
+
+    def __init__(self) -> None:
+        self._reference = Sequential()
+        self._plan: _Plan | None = None
+        self._tick = -1  # the last one that ran
+        self._full = False  # whether that was one of a full pipeline, so that everything has learnt before
+
+    def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
+        """Runs the actions of one tick, then the update."""
+        whole = isinstance(actions, Tick) and actions.whole and not _autocast(assembly)
+        tick = actions.number if isinstance(actions, Tick) else -1
+        plan = self._entered(assembly, tick) if whole and self._full else None
+        if plan is None:
+            self.settle(assembly)
+            outcome = self._reference.run(assembly, actions)
+        else:
+            outcome = _run(assembly, plan, tick)
+        self._tick, self._full = tick, whole
+        return outcome
+
+    def _entered(self, assembly: Assembly, tick: int) -> _Plan | None:
+        """Returns what is to be run as one in a tick, if anything can be."""
+        inputs = assembly.flights[tick].inputs
+        if self._plan is not None and self._plan.holds and inputs.shape == self._plan.shape:
+            return self._plan
+        self.settle(assembly)
+        self._plan = _make_plan(assembly, tick)
+        if self._plan is not None:
+            for stack in self._plan.stacks:
+                stack.enter(tick)
+        return self._plan
+
+    def settle(self, assembly: Assembly) -> None:
+        """Gives what the stacks keep back to cells, links and flights."""
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return
+        for stack in plan.stacks:
+            stack.leave(self._tick)
+        for batch, flight in assembly.flights.items():
+            if batch <= self._tick:
+                flight.remaining = assembly.schedule.remaining(self._tick - batch)
+
+    def forget(self) -> None:
+        """Forgets what the stacks keep."""
+        self._plan, self._full = None, False
+
+    def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
+        """Lets one cell learn alone, as the reference does."""
+        self.settle(assembly)
+        self._full = False
+        return self._reference.run_alone(assembly, cell, batch, flight)
+
+
+def _autocast(assembly: Assembly) -> bool:
+    """Whether blocks are to run in a shorter type, which the operations by hand do not follow."""
+    device = next(assembly.cells[0].block.parameters(), torch.empty(0)).device.type
+    return torch.is_autocast_enabled(device)
+
+
+def _run(assembly: Assembly, plan: _Plan, tick: int) -> Outcome:
+    """A tick of a full pipeline: everything runs and is found finite before any weight changes."""
+    outcome = Outcome()
+    checks = [stack.run(tick, outcome) for stack in plan.stacks]
+    for cell, kind, shift in plan.others:
+        act(assembly, Action(cell, kind, tick + shift), outcome)
+    checks += [check for stack in plan.stacks if (check := stack.learn(tick, outcome)) is not None]
+    if not bool(torch.stack(checks).sum().isfinite()):
+        for stack in plan.stacks:
+            stack.refuse_what_is_not_finite(tick, outcome)
+    block_learnt = any(cell.learnt[0] for cell in plan.alone)
+    auxiliary_learnt = any(cell.learnt[1] for cell in plan.alone)
+    for cell in plan.alone:
+        cell.before_update()
+    for stack in plan.stacks:
+        stack.blocks.descend(plan.blocks)
+        if plan.auxiliaries is not None:
+            stack.credits.descend(plan.auxiliaries)
+    plan.blocks.finish(block_learnt)
+    if plan.auxiliaries is not None:
+        plan.auxiliaries.finish(auxiliary_learnt)
+    elif auxiliary_learnt and assembly.auxiliaries is not None:
+        assembly.auxiliaries.take()
+    del assembly.flights[tick - assembly.schedule.depth]
+    return outcome
+
+
+# ---- what can run as one -----------------------------------------------------------------------------------------------------
+
+
+def _make_plan(assembly: Assembly, tick: int) -> _Plan | None:
+    """Finds the runs of cells that can go as one; ``None`` if there are none."""
+    stacks = list(_stacks(assembly, tick))
+    if not stacks:
+        return None
+    inside = {cell.place.index for stack in stacks for cell in stack.cells}
+    listed = [(action.cell, action.kind, action.batch - tick) for action in Tick(assembly.schedule, tick, -assembly.schedule.depth, 0)]
+    one_by_one = [cell for stack in stacks if isinstance(stack.credits, OneByOne) for cell in stack.cells]
+    alone = [cell for cell in assembly.cells if cell.place.index not in inside] + one_by_one
+    learnt = [parameters for stack in stacks for parameters in stack.blocks.parameters]
+    beside = [parameters for stack in stacks for parameters in stack.credits.parameters]
+    auxiliaries = stacked_update(assembly.auxiliaries, beside) if beside and assembly.auxiliaries is not None else None
+    return _Plan(
+        stacks=stacks,
+        others=[action for action in listed if action[0] not in inside],
+        alone=alone,
+        shape=assembly.flights[tick].inputs.shape,
+        blocks=stacked_update(assembly.blocks, learnt),
+        auxiliaries=auxiliaries,
+    )
+
+
+def _stacks(assembly: Assembly, tick: int) -> Iterator[Stack]:
+    """Yields the runs of cells of equal structure."""
+    inputs = [_input_of(assembly, cell, tick) for cell in assembly.cells]
+    alone = held_alone([cell.block for cell in assembly.cells])
+    kinds = [
+        _kind(cell, value) if own else None
+        for cell, value, own in zip(assembly.cells, inputs, alone, strict=True)
+    ]
+    pairs = zip(assembly.cells, kinds, strict=True)
+    for kind, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        cells = [cell for cell, _ in run]
+        if kind is None:
+            continue
+        credits = credits_for(cells, assembly)
+        blocks = None if credits is None else _blocks(cells, credits, [inputs[cell.place.index] for cell in cells])
+        if credits is not None and blocks is not None:
+            yield Stack(cells, blocks, credits, assembly)
+
+
+def _input_of(assembly: Assembly, cell: Cell, tick: int) -> Values:
+    """Returns what a cell will run on in a tick."""
+    index = cell.place.index
+    batch = tick - (assembly.schedule.age(index, Kind.FORWARD) or 0)
+    link: Link | None = assembly.links[index - 1] if index else None
+    return assembly.flights[batch].inputs if link is None else link.peek(batch)
+
+
+def _kind(cell: Cell, inputs: Values) -> tuple | None:
+    """Describes what cells must have in common to go as one; ``None`` if this one cannot."""
+    body = cell.block.body
+    served = (
+        isinstance(inputs, Tensor)
+        and inputs.is_floating_point()
+        and body is not None
+        and type(cell.rule).run is Rule.run
+        and not cell.synthetic
+        and (cell.outputs_carry == [True] or cell.place.top)
+    )
+    if not served:
+        return None
+    shape = (tuple(inputs.shape), inputs.dtype, inputs.device)
+    return (*shape, repr(anatomy(body)), cell.place.top)
+
+
+def _blocks(cells: Sequence[Cell], credits: Credits, inputs: Sequence[Tensor]) -> BlockStack | None:
+    """Returns the blocks as one, if they are; a single block only where that is done by hand."""
+    bodies = [cell.block.body for cell in cells]
+    found = [affine(body) for body in bodies if body is not None]
+    layers = [one for one in found if one is not None]
+    by_hand = len(layers) == len(cells) and all(layer.weight.dtype == inputs[0].dtype for layer, _ in layers)
+    if by_hand and (len(cells) == 1 or layers[0][0].in_features == layers[0][0].out_features):
+        return None if isinstance(credits, OneByOne) and len(cells) == 1 else AffineBlocks([layer for layer, _ in layers], layers[0][1])
+    if len(cells) == 1 or isinstance(credits, FromLoss):
+        return None
+    return None if not all(_same(bodies[0], body, value) for body, value in zip(bodies, inputs, strict=True)) else ModuleBlocks(bodies)
+
+
+def _same(template: nn.Module | None, body: nn.Module | None, inputs: Tensor) -> bool:
+    assert template is not None and body is not None, "cells without a body are not asked"
+    named = [name for name, _ in (*template.named_parameters(), *template.named_buffers())]
+    held = [tensor for tensor in (*body.parameters(), *body.buffers())]
+    return computes_with(template, dict(zip(named, held, strict=True)), body, inputs)

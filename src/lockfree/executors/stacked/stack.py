@@ -1,0 +1,102 @@
+"""A run of cells of equal structure, which go through their ticks as one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lockfree.cell import Cell
+from lockfree.executors import finite
+from lockfree.executors.base import Assembly, Outcome
+from lockfree.executors.stacked.blocks import BlockStack
+from lockfree.executors.stacked.credit import Credits
+from lockfree.schedule import Kind
+
+
+class Stack:
+    """n neighbouring cells, each at work on a batch of its own, that run forward and learn in the same operations.
+
+    Args:
+        cells: The cells, bottom to top.
+        blocks: Their blocks as one.
+        credits: Where their credit comes from.
+        assembly: What they are part of.
+    """
+
+    def __init__(self, cells: Sequence[Cell], blocks: BlockStack, credits: Credits, assembly: Assembly) -> None:
+        self.cells, self.blocks, self.credits = list(cells), blocks, credits
+        self._assembly = assembly
+        self._first, self._last = cells[0].place.index, cells[-1].place.index
+        self._ages = [assembly.schedule.age(cell.place.index, Kind.FORWARD) or 0 for cell in cells]
+        self._reports = any(cell.reports for cell in cells)
+        # What a tick makes is what the next one takes, one cell further up; they write to two pieces of memory in turn.
+        self._registers: list[Tensor] = []
+        self._outputs = torch.empty(0)
+        self._messages: Tensor | None = None
+
+    def batches(self, tick: int) -> list[int]:
+        """Returns the batch that each cell works on in a tick."""
+        return [tick - age for age in self._ages]
+
+    # ---- what is in flight -------------------------------------------------------------------------------------------------
+
+    def enter(self, tick: int) -> None:
+        """Takes over what links and cells keep, before a tick."""
+        below = [self._assembly.links[cell.place.index - 1] for cell in self.cells[1:]]
+        taken = [link.take(batch).detach() for link, batch in zip(below, self.batches(tick)[1:], strict=True)]
+        if taken:
+            # The bottom cell's input and the top cell's output are not there yet.
+            now = torch.stack([torch.empty_like(taken[0]), *taken, torch.empty_like(taken[0])])
+            self._registers = [now, torch.empty_like(now)]
+            self._messages = torch.empty_like(now) if self._reports else None
+        self.credits.enter(self._assembly, tick)
+
+    def leave(self, tick: int) -> None:
+        """Gives back what links and cells keep, after a tick."""
+        for cell, batch, outputs in zip(self.cells[:-1], self.batches(tick)[:-1], self._outputs, strict=False):
+            self._assembly.links[cell.place.index].lift(batch, outputs.clone().requires_grad_())
+        self.credits.leave(self._assembly, tick)
+
+    # ---- a tick --------------------------------------------------------------------------------------------------------------
+
+    def run(self, tick: int, outcome: Outcome) -> Tensor:
+        """F and L of every cell; returns a number that is finite if all that they made is. No weight has changed."""
+        batches, assembly = self.batches(tick), self._assembly
+        bottom = assembly.links[self._first - 1].take(batches[0]) if self._first else assembly.flights[batches[0]].inputs
+        inputs, outputs = self._shift(bottom.detach())
+        self.blocks.forward(inputs, outputs)
+        credit = self.credits.take(assembly, batches, inputs, outputs, outcome)
+        messages = None if self._messages is None else self._messages[: len(self.cells)]
+        self.blocks.backward(credit, messages)
+        if not self.cells[-1].place.top:
+            assembly.links[self._last].lift(batches[-1], outputs[-1].clone().requires_grad_())
+        if self.cells[0].reports:
+            assert messages is not None, "who reports has a message"
+            assembly.links[self._first - 1].send(batches[0], (messages[0].clone(),))
+        self._outputs = outputs
+        return outputs.sum()
+
+    def _shift(self, bottom: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the inputs of a tick, and the room for its outputs."""
+        if len(self.cells) == 1:
+            if self._messages is None and self._reports:
+                self._messages = torch.empty_like(bottom)[None]
+            return bottom[None], self.blocks.room(bottom[None])
+        now, following = self._registers
+        self._registers = [following, now]
+        now[0].copy_(bottom)
+        return now[:-1], following[1:]
+
+    def learn(self, tick: int, outcome: Outcome) -> Tensor | None:
+        """A of every cell; returns a number that is finite if all their losses are. No weight has changed."""
+        return self.credits.learn(self._assembly, tick, self._messages, outcome)
+
+    def refuse_what_is_not_finite(self, tick: int, outcome: Outcome) -> None:
+        """Names the first value that is not finite."""
+        pairs = list(zip(self.cells, self.batches(tick), strict=True))
+        for (cell, batch), outputs in zip(pairs, self._outputs, strict=True):
+            finite.refuse(cell, batch, outputs)
+        for cell in self.cells:
+            for (index, batch), loss in outcome.auxiliary.items():
+                if index == cell.place.index:
+                    finite.beside(self._assembly, cell, batch, loss)

@@ -1,0 +1,84 @@
+"""Linear synthesisers of several cells as one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lockfree.flight import Flight
+from lockfree.stacking import CreditStack, Descent, ParameterStack
+from lockfree.synthesisers.base import Prediction
+from lockfree.synthesisers.networks import LinearSynthesiser
+
+LabelsOf = Callable[[dict[str, Any], Any, Tensor, int], Tensor]
+"""Returns the labels of a batch, given its scratch space, its targets, an output and the number of classes."""
+
+
+class LinearCredits(CreditStack):
+    r"""Linear synthesisers $M_i(y, c) = W_i y + t_{i,c}$ of n cells, in one batched product each way.
+
+    $$\hat\delta = (W y + t)/m, \qquad d = \hat\delta - \delta, \qquad \partial L/\partial W = d^T y, \qquad
+    \partial L/\partial t = c^T d$$
+
+    Args:
+        networks: The synthesisers, bottom to top.
+        labels: Makes the one-hot rows that they are conditioned on; ``None`` if they are not.
+    """
+
+    waits = True
+
+    def __init__(self, networks: Sequence[LinearSynthesiser], labels: LabelsOf | None) -> None:
+        self._weight = ParameterStack([network.weight for network in networks])
+        self._table = ParameterStack([network.table for network in networks])
+        self.parameters = [self._weight, self._table]
+        self._classes, self._labels = networks[0].classes, labels
+        self._transposed = self._weight.value.transpose(1, 2)
+        # Of the predictions whose truth is to come, and, once it is there, of what they missed it by.
+        self._rows = self._credit = self._missed = torch.empty(0)
+        self._label: Tensor | None = None
+        # The predictions of the present tick wait here, until the truth of those of the last one has been learnt from.
+        self._next: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def enter(self, memos: Sequence[list[Prediction]]) -> None:
+        predictions = [prediction for (prediction,) in memos]
+        self._credit = torch.stack([one.credit for one in predictions])
+        stored = [LinearSynthesiser.opened(one) for one in predictions]
+        self._rows = torch.stack([rows for rows, _ in stored])
+        self._label = None if self._labels is None else torch.stack([label for _, label in stored if label is not None])
+
+    def leave(self) -> Sequence[list[Prediction]]:
+        labels = [None] * len(self._rows) if self._label is None else list(self._label.clone().unbind())
+        rows, credits = self._rows.clone().unbind(), self._credit.clone().unbind()
+        return [[Prediction(c, (r, label))] for c, r, label in zip(credits, rows, labels, strict=True)]
+
+    def credit(self, outputs: Tensor, flights: Sequence[Flight]) -> Tensor:
+        rows, samples = outputs.flatten(1, -2), outputs.shape[1]
+        label = None
+        if self._labels is None:
+            credit = torch.baddbmm(self._table.value, rows, self._transposed, beta=1 / samples, alpha=1 / samples)
+        else:
+            each = [self._labels(flight.shared, flight.target, outputs[0], self._classes) for flight in flights]
+            label = torch.stack(each).to(rows.dtype)
+            if label.shape[1] != rows.shape[1]:  # one label for all steps of a sequence
+                label = label.repeat_interleave(rows.shape[1] // samples, dim=1)
+            credit = torch.bmm(label, self._table.value)
+            credit.baddbmm_(rows, self._transposed, beta=1 / samples, alpha=1 / samples)
+        credit = credit.view(outputs.shape)
+        self._next = rows, credit, label
+        return credit
+
+    def learn(self, truth: Tensor | None) -> Tensor:
+        assert truth is not None, "synthesisers wait for the truth"
+        self._missed = self._credit.sub_(truth).flatten(1, -2)
+        return torch.linalg.vector_norm(self._missed, dim=(1, 2)).square_().mul_(len(truth[0]) / 2)
+
+    def descend(self, descent: Descent) -> None:
+        missed = self._missed
+        descent.follow_product(self._weight, missed.transpose(1, 2), self._rows)
+        if self._label is None:
+            descent.follow(self._table, missed.sum(1, keepdim=True))
+        else:
+            descent.follow_product(self._table, self._label.transpose(1, 2), missed)
+        assert self._next is not None, "credit comes before learning"
+        self._rows, self._credit, self._label = self._next
