@@ -149,7 +149,25 @@ SCHEDULES = (
     ScheduleCase(name="pipelined-later", schedule="pipelined", delay=2),
 )
 
-EXECUTORS = tuple(KNOWN_EXECUTORS)
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorCase:
+    """An executor with the schedules that it serves."""
+
+    name: str
+    schedules: tuple[str, ...] = ("lockstep", "pipelined")
+
+
+EXECUTORS = (
+    ExecutorCase(name="sequential"),
+    ExecutorCase(name="stacked", schedules=("pipelined",)),
+)
+assert {row.name for row in EXECUTORS} == set(KNOWN_EXECUTORS)
+
+
+def legal_triples(cells: int) -> list[tuple[RuleCase, ScheduleCase, ExecutorCase]]:
+    """Returns every rule with every schedule that can serve it on so many blocks, and every executor that can run that."""
+    return [(rule, plan, one) for rule, plan in legal_pairs(cells) for one in EXECUTORS if plan.schedule in one.schedules]
 
 
 def legal_pairs(cells: int) -> list[tuple[RuleCase, ScheduleCase]]:
@@ -418,7 +436,7 @@ def learner_for(
     rule: lf.Rule,
     *,
     schedule: ScheduleCase = SCHEDULES[0],
-    executor: str = EXECUTORS[0],
+    executor: str = EXECUTORS[0].name,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = adam,
     blocks: int | list[str] | None = None,
     seed: int = 0,

@@ -8,7 +8,7 @@ from random import Random
 import cases
 import pytest
 import torch
-from cases import EXECUTORS, MODELS, OPTIMIZERS, RULES, SCHEDULES, assert_same, learner_for
+from cases import MODELS, OPTIMIZERS, RULES, SCHEDULES, assert_same, learner_for
 from torch import nn
 from torch.nn import functional as F
 
@@ -397,11 +397,13 @@ NAIVE_PLAIN = ("backprop", "fa", "dfa", "dni", "dni-hidden", "cdni", "cdni-hidde
 NAIVE_NEW = ("dni-sparse", "dni-clocked", "dni-mix", "cdni-per-class", "cdni-critic", "cdni-sobolev", "cdni-unlocked")
 NAIVE_RULES = NAIVE_PLAIN + NAIVE_NEW
 NAIVE_FEW = (*NAIVE_PLAIN, "dni-sparse", "cdni-unlocked")
-NAIVE_PAIRS = [(rule, schedule) for rule, schedule in cases.legal_pairs(4) if rule.name in NAIVE_RULES]
+NAIVE_TRIPLES = [triple for triple in cases.legal_triples(4) if triple[0].name in NAIVE_RULES]
 
 
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize(("rule", "schedule"), [pytest.param(r, s, id=f"{r.name}-{s.name}") for r, s in NAIVE_PAIRS])
+@pytest.mark.parametrize(
+    ("rule", "schedule", "executor"),
+    [pytest.param(r, s, e.name, id=f"{r.name}-{s.name}-{e.name}") for r, s, e in NAIVE_TRIPLES],
+)
 def test_a_schedule_alone_decides_the_mathematics(rule, schedule, executor):
     """Gradients at the weights of the forward pass, one update a tick, messages from before it, Dropout and BatchNorm included."""
     learner = learner_for(

@@ -12,6 +12,7 @@ from lockfree.chain import Block
 from lockfree.flight import Flight
 from lockfree.objective import Objective
 from lockfree.precision import full_precision
+from lockfree.rng import undisturbed
 from lockfree.rule import Context, Needs, Pace, Place, Rule
 from lockfree.schedule import Kind
 from lockfree.stash import Call, Stash, call_from, call_state
@@ -315,6 +316,14 @@ class Cell:
         visit.context.inputs = None
         self._done(batch, Kind.LEARN)
         return credit
+
+    def rehearse(self, batch: int, inputs: Tensor, flight: Flight) -> Context:
+        """Returns what the rule would see of a batch once the block has run on it; nothing changes."""
+        context = self._context(batch, len(inputs), flight)
+        context.inputs, context.shared = inputs.detach(), {}
+        with undisturbed(self.block), torch.no_grad():
+            context.outputs = (self.block(context.inputs),)
+        return context
 
     def memo_of(self, batch: int) -> Any:
         """Returns what the rule remembers of a batch for the auxiliary network; the batch leaves the cell."""

@@ -42,14 +42,20 @@ class StepResult:
     """
 
     batch: int | None
-    auxiliary: dict[int, Tensor]
-    _loss: Tensor | None = field(repr=False)
-    inputs: dict[int, Tensor] = field(default_factory=dict)
+    _outcome: Outcome = field(repr=False)
+
+    @property
+    def auxiliary(self) -> dict[int, Tensor]:
+        return self._outcome.auxiliary_by_cell()
+
+    @property
+    def inputs(self) -> dict[int, Tensor]:
+        return {cell: loss for (cell, _), loss in self._outcome.inputs.items()}
 
     @property
     def loss(self) -> float:
         """Loss of that batch before the update; ``nan`` while a pipeline fills."""
-        return math.nan if self._loss is None else self._loss.item()
+        return math.nan if self.batch is None else self._outcome.losses[self.batch].item()
 
 
 class Learner:
@@ -401,12 +407,7 @@ class Phase:
 
 
 def _result(outcome: Outcome) -> StepResult:
-    batch, loss = next(iter(outcome.losses.items()), (None, None))
-    return StepResult(batch, _by_cell(outcome.auxiliary), loss, _by_cell(outcome.inputs))
-
-
-def _by_cell(losses: dict[tuple[int, int], Tensor]) -> dict[int, Tensor]:
-    return {cell: loss for (cell, _), loss in losses.items()}
+    return StepResult(next(iter(outcome.losses), None), outcome)
 
 
 def _same_tensors(what: str, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
@@ -489,7 +490,8 @@ def convert(
             begins at each of these modules.
         example_input: A small batch, such as ``x[:2]``; needed by rules with auxiliary networks and for a number of blocks.
         schedule: ``"lockstep"`` or ``"pipelined"``.
-        executor: ``"sequential"``.
+        executor: ``"sequential"``, one block after the other; or ``"stacked"``, which runs neighbouring blocks of equal structure as
+            one batched operation and needs the pipelined schedule.
         links: One `Link` for all borders, or a list bottom to top; direct ones if left out.
         auxiliary_optimizer: Like ``optimizer``, for the auxiliary networks; the rule's own choice if left out.
         recompute: Whether each block runs again, part by part, when it learns, instead of keeping its activations (gradient
@@ -556,7 +558,9 @@ def convert(
     changes = Update(stepping, every=accumulate, clip_norm=clip_norm)
     beside = None if helper is None else Update(helper, every=accumulate)
     assembly = Assembly(cells, all_links, phases[0].schedule, objective, changes, beside, at_once)
-    return Learner(chain, rule, phases, choose(EXECUTORS, executor, "executor")(), assembly, same)
+    running = choose(EXECUTORS, executor, "executor")()
+    running.check(assembly)
+    return Learner(chain, rule, phases, running, assembly, same)
 
 
 _AT_ONCE = {"tick": False, "block": True}

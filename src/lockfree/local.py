@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree.chain import Block
+from lockfree.flight import Flight
+from lockfree.objective import Objective
 from lockfree.rule import Context, Needs, Place, Rule, Site
+from lockfree.stacking import CreditStack, Descent, ModuleStack
 from lockfree.values import Credit
 
 
@@ -84,6 +88,10 @@ class LocalRule(Rule):
         context.memo = loss.detach(), found[len(leaves) :]
         return found[: len(leaves)]
 
+    def credit_stack(self, auxiliaries: Sequence[nn.Module | None], objective: Objective) -> CreditStack | None:
+        networks = [network for network in auxiliaries if network is not None]
+        return StackedLosses(self, networks, objective) if len(networks) == len(auxiliaries) else None
+
     def learn(self, context: Context) -> Tensor | None:
         if context.memo is None:
             return None
@@ -92,6 +100,61 @@ class LocalRule(Rule):
         for parameter, gradient in zip(_learning(context.auxiliary), gradients, strict=True):
             parameter.grad = gradient
         return loss
+
+
+class _Loss(nn.Module):
+    """The local loss of one block as a module."""
+
+    def __init__(self, rule: LocalRule, network: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.network = network
+        self._rule, self._objective = rule, objective
+
+    def forward(self, y: Tensor, target: Tensor) -> Tensor:
+        context = Context(Place(0, 2), self.network, None, (y.detach(),), len(y), target=target)
+        context.scores_shape = self._objective.scores_shape
+        context.loss = lambda scores: self._objective.evaluate(scores, target)
+        return self._rule.local_loss(context, self.network, [y])
+
+
+class StackedLosses(CreditStack):
+    """Local losses of blocks of equal structure, in one pass through their networks.
+
+    Args:
+        rule: What says what the losses are; they may look at outputs and targets.
+        networks: What `LocalRule.network` made for the blocks.
+        objective: The user's loss.
+    """
+
+    def __init__(self, rule: LocalRule, networks: Sequence[nn.Module], objective: Objective) -> None:
+        self._losses = ModuleStack([_Loss(rule, network, objective) for network in networks])
+        self.parameters = self._losses.parameters
+        self._rule = rule
+        self._found = torch.empty(0)
+
+    @property
+    def holds(self) -> bool:
+        return self._losses.holds
+
+    def agrees(self, contexts: Sequence[Context]) -> bool:
+        if not all(isinstance(context.target, Tensor) for context in contexts):
+            return False
+        given = torch.stack([c.outputs[0] for c in contexts]), torch.stack([c.target for c in contexts])
+        # With all that the rule may look at, which is more than a stack shows it.
+        return self._losses.gives(lambda: [self._rule.local_loss(c, c.auxiliary, [c.outputs[0]]) for c in contexts], *given)
+
+    def credit(self, outputs: Tensor, flights: Sequence[Flight]) -> Tensor:
+        y = outputs.detach().requires_grad_()
+        losses = self._losses.run(y, torch.stack([flight.target for flight in flights]))
+        (credit,) = self._losses.differentiate(losses, torch.ones_like(losses), (y,))
+        self._found = losses.detach()
+        return credit
+
+    def learn(self, truth: Tensor | None) -> Tensor:
+        return self._found
+
+    def descend(self, descent: Descent) -> None:
+        self._losses.descend(descent)
 
 
 @dataclass(frozen=True, kw_only=True)

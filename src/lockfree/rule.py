@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lockfree.objective import Objective
 from lockfree.stacking import CreditStack
 from lockfree.values import Credit, Values, carriers
 
@@ -310,13 +311,14 @@ class Rule(ABC):
         """Leaves gradients on the auxiliary network's parameters; returns the loss that they descend, for the record."""
         return None
 
-    def credit_stack(self, auxiliaries: Sequence[nn.Module | None]) -> CreditStack | None:
+    def credit_stack(self, auxiliaries: Sequence[nn.Module | None], objective: Objective) -> CreditStack | None:
         """Says how n cells of equal structure, one tensor out of each, take their credit in one operation; ``None``: one by one.
 
         The numbers must be those of `credit` and `learn`.
 
         Args:
             auxiliaries: What `build` made for them, bottom to top.
+            objective: The loss.
         """
         return None
 

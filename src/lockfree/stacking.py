@@ -4,14 +4,20 @@ A *stack* is a tensor whose first dimension counts cells. Parameters are stacked
 that the user's own modules and optimizers hold what is learnt at any time.
 """
 
+import contextlib
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lockfree.flight import Flight
+from lockfree.rng import undisturbed
+
+if TYPE_CHECKING:
+    from lockfree.rule import Context
 
 
 class ParameterStack:
@@ -32,17 +38,17 @@ class ParameterStack:
         [7.0, 7.0]
     """
 
-    def __init__(self, members: Sequence[nn.Parameter]) -> None:
+    def __init__(self, members: Sequence[Tensor]) -> None:
         self.members = list(members)
         self.value = torch.stack([member.detach() for member in self.members])
         for member, view in zip(self.members, self.value.unbind(), strict=True):
             member.data = view
-        self._addresses = [member.data_ptr() for member in self.members]
+        self._addresses = list(map(Tensor.data_ptr, self.members))
 
     @property
     def holds(self) -> bool:
         """Whether the parameters still are views of it: whoever moves a model to another device gives it new memory."""
-        return [member.data_ptr() for member in self.members] == self._addresses
+        return list(map(Tensor.data_ptr, self.members)) == self._addresses
 
 
 class Descent(ABC):
@@ -57,23 +63,133 @@ class Descent(ABC):
         self.follow(stack, torch.bmm(left, right))
 
 
+class ModuleStack:
+    """Modules of equal structure as one: the first serves as the template, which `torch.func.vmap` runs with the weights of all.
+
+    Args:
+        modules: The modules, bottom to top.
+
+    Attributes:
+        parameters: Those that learn.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._template, self._modules = modules[0], list(modules)
+        names = [name for name, _ in self._template.named_parameters()]
+        columns = zip(*(module.parameters() for module in modules), strict=True)
+        self._stacks = {name: ParameterStack(column) for name, column in zip(names, columns, strict=True)}
+        self._learning = [name for name, parameter in self._template.named_parameters() if parameter.requires_grad]
+        self.parameters = [self._stacks[name] for name in self._learning]
+        names = [name for name, _ in self._template.named_buffers()]
+        self._buffers = dict(zip(names, zip(*(module.buffers() for module in modules), strict=True), strict=True))
+        self._modes = self._training()
+        self._run = torch.func.vmap(self._one, randomness="error")
+        self._moved: dict[str, Tensor] = {}
+        self._leaves: list[Tensor] = []
+        self._found: Sequence[Tensor | None] = ()
+
+    def _training(self) -> list[bool]:
+        return [part.training for module in self._modules for part in module.modules()]
+
+    @property
+    def holds(self) -> bool:
+        """Whether it still stands for the modules: parameters are views of its own, and modes are those that it was made in."""
+        return all(stack.holds for stack in self._stacks.values()) and self._training() == self._modes
+
+    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], values: Sequence[Tensor]) -> Tensor:
+        return torch.func.functional_call(self._template, (parameters, buffers), tuple(values))
+
+    def run(self, *values: Tensor) -> Tensor:
+        """Runs module i on slice i of each value, and returns what comes out, shape (n, ...), with its graph.
+
+        Buffers that the modules move do so when the step is taken, in `descend`.
+        """
+        parameters = {name: stack.value.detach() for name, stack in self._stacks.items()}
+        self._leaves = [parameters[name].requires_grad_() for name in self._learning]
+        self._moved = {name: torch.stack(column) for name, column in self._buffers.items()}
+        with torch.enable_grad():
+            return self._run(parameters, self._moved, values)
+
+    def gives(self, alone: Callable[[], Sequence[Any]], *values: Tensor) -> bool:
+        """Whether `run` gives on an example what the modules give one by one; nothing changes.
+
+        A module may hold numbers that tell it from its likes, may draw random ones, branch on what it is given, or use an operation
+        that `torch.func.vmap` has no rule for.
+
+        Args:
+            alone: Runs the modules one by one.
+            *values: What `run` takes.
+        """
+        with contextlib.ExitStack() as unchanged:
+            for module in self._modules:
+                unchanged.enter_context(undisturbed(module))
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # such as that an operation will be run in a loop
+                    together = self.run(*values).detach()
+            except (RuntimeError, ValueError, TypeError, IndexError, Warning):
+                return False
+            with torch.no_grad():
+                pairs = list(zip(alone(), together, strict=True))
+        return all(isinstance(one, Tensor) and _close(one, other) for one, other in pairs)
+
+    def differentiate(self, made: Tensor, credit: Tensor, wanted: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Takes the gradients of what `run` made, keeps those of the parameters, and returns those wanted, zero without a path."""
+        found = torch.autograd.grad(made, [*self._leaves, *wanted], credit, allow_unused=True)
+        count = len(self._leaves)
+        self._found, self._leaves = found[:count], []
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, found[count:], strict=True)]
+
+    def descend(self, descent: Descent) -> None:
+        """Hands over the gradients of the parameters, and puts the buffers where they have moved to."""
+        for stack, gradient in zip(self.parameters, self._found, strict=True):
+            if gradient is not None:
+                descent.follow(stack, gradient)
+        self._found = ()
+        for name, column in self._buffers.items():
+            torch._foreach_copy_(column, self._moved[name].unbind())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool((one - other).norm() <= _AGREEMENT * one.norm())
+
+
+_AGREEMENT = 1e-3
+"""Largest relative difference between a network and its stacked form: rounding stays far below it, another function far above."""
+
+
 class CreditStack(ABC):
     """How n cells of equal structure take their credit, and their auxiliary networks learn, in one operation each.
 
     Attributes:
         parameters: What the auxiliary networks learn.
         waits: Whether they learn from the message that arrives one tick after the credit was taken, not in the same tick.
+        sees_targets: Whether credit depends on the batches, not on the outputs alone.
     """
 
     parameters: Sequence[ParameterStack] = ()
     waits: bool = False
+    sees_targets: bool = True
 
-    def enter(self, memos: Sequence[Any]) -> None:
+    @property
+    def holds(self) -> bool:
+        """Whether it still stands for the auxiliary networks."""
+        return all(stack.holds for stack in self.parameters)
+
+    def enter(self, memos: Sequence[Any]) -> None:  # noqa: B027  (who does not wait has nothing in flight)
         """Takes over what each cell remembers of the batch whose message is to come."""
 
     def leave(self) -> Sequence[Any]:
         """Returns what each cell has to remember of that batch, as the rule's own `Context.memo`."""
         return ()
+
+    def agrees(self, contexts: "Sequence[Context]") -> bool:
+        """Whether each cell's credit is the one that it would take alone, as far as an example can tell.
+
+        Args:
+            contexts: What each cell sees of a batch.
+        """
+        return True
 
     @abstractmethod
     def credit(self, outputs: Tensor, flights: Sequence[Flight]) -> Tensor:
@@ -81,7 +197,7 @@ class CreditStack(ABC):
 
         Args:
             outputs: Shape (n, m, ...).
-            flights: The batch that each cell works on.
+            flights: The batch that each cell works on; none unless it sees targets.
         """
 
     @abstractmethod

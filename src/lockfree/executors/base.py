@@ -102,11 +102,20 @@ class Outcome:
         losses: The loss of each batch that reached the top, by batch.
         auxiliary: The loss of each auxiliary network that learnt, by (cell, batch).
         inputs: The loss of each network that predicts an input and learnt, by (cell, batch).
+        stacked: Losses of auxiliary networks of neighbouring cells, shape (n,), with the first cell's number.
     """
 
     losses: dict[int, Tensor] = field(default_factory=dict)
     auxiliary: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    stacked: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def auxiliary_by_cell(self) -> dict[int, Tensor]:
+        """Returns the loss of each auxiliary network that learnt, by cell."""
+        found = {cell: loss for (cell, _), loss in self.auxiliary.items()}
+        for first, losses in self.stacked:
+            found |= enumerate(losses.unbind(), start=first)
+        return found
 
 
 class Executor(ABC):
@@ -120,10 +129,17 @@ class Executor(ABC):
             Diverged: If a loss is not finite; no weight has changed then.
         """
 
-    def settle(self, assembly: Assembly) -> None:
+    def check(self, assembly: Assembly) -> None:  # noqa: B027  (most executors serve everything)
+        """Refuses what it cannot run.
+
+        Raises:
+            ValueError: With what is in the way, and the way out.
+        """
+
+    def settle(self, assembly: Assembly) -> None:  # noqa: B027  (most keep nothing to themselves)
         """Puts what is in flight where cells, links and flights keep it, for whoever wants to look at them or act on them."""
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027
         """Forgets what is in flight: whoever calls this has cleared cells, links and flights."""
 
     @abstractmethod

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lockfree.cell import Cell
@@ -12,7 +11,7 @@ from lockfree.flight import Flight
 from lockfree.precision import full_precision
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
-from lockfree.values import Credit, Values, detach, tensors
+from lockfree.values import Credit, Values, detach
 
 
 class Sequential(Executor):
@@ -42,7 +41,9 @@ class Sequential(Executor):
         if not alone.place.top:
             made = assembly.links[cell].take(batch)
             above = assembly.cells[cell + 1]
-            outcome.inputs[cell + 1, batch] = finite.beside(assembly, above, batch, above.learn_inputs_from(flight.inputs, made))
+            outcome.inputs[cell + 1, batch] = finite.beside(
+                assembly, above, batch, above.learn_inputs_from(flight.inputs, made)
+            )
         if cell and assembly.cells[cell - 1].auxiliary_needs is not None:
             message = assembly.links[cell - 1].receive(batch) if alone.reports else None
             below, sample_losses = assembly.cells[cell - 1], assembly.sample_losses(batch)

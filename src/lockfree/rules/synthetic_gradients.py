@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lockfree.choose import choose
-from lockfree.objective import describe
+from lockfree.objective import Objective, describe
 from lockfree.rule import Card, Clock, Context, Needs, Pace, Place, Rule, Site
 from lockfree.stacking import CreditStack
 from lockfree.synthesisers import (
@@ -261,12 +261,12 @@ class SyntheticGradients(Rule):
             for synthetic, true in zip(credit, context.above, strict=True)
         )
 
-    def credit_stack(self, auxiliaries: Sequence[nn.Module | None]) -> CreditStack | None:
+    def credit_stack(self, auxiliaries: Sequence[nn.Module | None], objective: Objective) -> CreditStack | None:
         networks = [network for auxiliary in auxiliaries for network in cast("nn.ModuleList", auxiliary or [])]
         linear = len(networks) == len(auxiliaries) and all(type(network) is LinearSynthesiser for network in networks)
         if self.noise or self.mix or not linear:
             return None
-        return LinearCredits(networks, _labels if self.conditioned else None)
+        return LinearCredits(cast("list[LinearSynthesiser]", networks), _labels if self.conditioned else None)
 
     def keeps_plain_memos(self, auxiliary: nn.Module | None) -> bool:
         return isinstance(auxiliary, nn.ModuleList) and all(isinstance(one, Synthesiser) and one.plain for one in auxiliary)

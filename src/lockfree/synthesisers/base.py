@@ -45,6 +45,7 @@ class Prediction:
     graph: Any
     scale: Tensor | None = None
 
+
 class Synthesiser(nn.Module, ABC):
     """Predicts the gradient of the loss with respect to y, from y and optionally the label c (a one-hot row, or real numbers).
 

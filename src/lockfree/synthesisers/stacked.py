@@ -32,13 +32,14 @@ class LinearCredits(CreditStack):
         self._weight = ParameterStack([network.weight for network in networks])
         self._table = ParameterStack([network.table for network in networks])
         self.parameters = [self._weight, self._table]
-        self._classes, self._labels = networks[0].classes, labels
+        self._classes, self._labels, self.sees_targets = networks[0].classes, labels, labels is not None
         self._transposed = self._weight.value.transpose(1, 2)
         # Of the predictions whose truth is to come, and, once it is there, of what they missed it by.
         self._rows = self._credit = self._missed = torch.empty(0)
         self._label: Tensor | None = None
         # The predictions of the present tick wait here, until the truth of those of the last one has been learnt from.
         self._next: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._spare = torch.empty(0)  # memory of predictions that have been learnt from
 
     def enter(self, memos: Sequence[list[Prediction]]) -> None:
         predictions = [prediction for (prediction,) in memos]
@@ -56,7 +57,8 @@ class LinearCredits(CreditStack):
         rows, samples = outputs.flatten(1, -2), outputs.shape[1]
         label = None
         if self._labels is None:
-            credit = torch.baddbmm(self._table.value, rows, self._transposed, beta=1 / samples, alpha=1 / samples)
+            credit = self._spare if self._spare.shape == rows.shape else torch.empty_like(rows)
+            torch.baddbmm(self._table.value, rows, self._transposed, beta=1 / samples, alpha=1 / samples, out=credit)
         else:
             each = [self._labels(flight.shared, flight.target, outputs[0], self._classes) for flight in flights]
             label = torch.stack(each).to(rows.dtype)
@@ -81,4 +83,5 @@ class LinearCredits(CreditStack):
         else:
             descent.follow_product(self._table, self._label.transpose(1, 2), missed)
         assert self._next is not None, "credit comes before learning"
+        self._spare = missed
         self._rows, self._credit, self._label = self._next

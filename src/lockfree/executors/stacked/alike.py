@@ -3,12 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from lockfree.chain import Block
-from lockfree.rng import get_rng, undisturbed
-from lockfree.values import Values
 
 
 def anatomy(module: nn.Module) -> Any:
@@ -52,20 +49,3 @@ def held_alone(blocks: Sequence[Block]) -> list[bool]:
             owner = owners.setdefault(id(tensor), index)
             alone[owner], alone[index] = alone[owner] and owner == index, alone[index] and owner == index
     return alone
-
-
-def computes_with(template: nn.Module, tensors: dict[str, Tensor], body: nn.Module, values: Values) -> bool:
-    """Whether a body computes what a template computes with its weights, on an example; one that draws numbers does not.
-
-    Equal anatomies do not prove it: a module of the user's may hold numbers that no description shows.
-    """
-    with torch.no_grad():
-        with undisturbed(template), undisturbed(body):
-            before = get_rng()
-            mine = body(values)
-            if any(not torch.equal(value, before[device]) for device, value in get_rng().items()):
-                return False
-        with undisturbed(template):
-            theirs = torch.func.functional_call(template, {name: t.detach().clone() for name, t in tensors.items()}, (values,))
-    same = isinstance(mine, Tensor) and isinstance(theirs, Tensor) and mine.shape == theirs.shape and mine.dtype == theirs.dtype
-    return same and bool(torch.allclose(mine, theirs, rtol=1e-5, atol=1e-6, equal_nan=True))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lockfree.stacking import Descent, ParameterStack
+from lockfree.stacking import Descent, ModuleStack, ParameterStack
 
 
 class BlockStack(ABC):
@@ -122,69 +122,39 @@ class AffineBlocks(BlockStack):
 
 
 class ModuleBlocks(BlockStack):
-    """Any blocks: one of them serves as the template, which `torch.func.vmap` runs with the weights of all.
+    """Any blocks, by `torch.func.vmap`.
 
     Args:
         bodies: What runs the blocks.
     """
 
     def __init__(self, bodies: Sequence[nn.Module]) -> None:
-        self._template, self._bodies = bodies[0], list(bodies)
-        names = [name for name, _ in self._template.named_parameters()]
-        columns = zip(*(body.parameters() for body in bodies), strict=True)
-        self._stacks = {name: ParameterStack(column) for name, column in zip(names, columns, strict=True)}
-        self._learning = [name for name, parameter in self._template.named_parameters() if parameter.requires_grad]
-        self.parameters = [self._stacks[name] for name in self._learning]
-        self._buffers = {
-            name: list(column)
-            for name, column in zip(
-                [name for name, _ in self._template.named_buffers()],
-                zip(*(body.buffers() for body in bodies), strict=True),
-                strict=True,
-            )
-        }
-        self._modes = self._training()
-        self._run = torch.func.vmap(self._one, randomness="error")
-        self._moved: dict[str, Tensor] = {}
+        self._modules = ModuleStack(bodies)
+        self.parameters = self._modules.parameters
         self._x = self._y = torch.empty(0)
-        self._leaves: list[Tensor] = []
-        self._found: Sequence[Tensor | None] = ()
-
-    def _training(self) -> list[bool]:
-        return [module.training for body in self._bodies for module in body.modules()]
 
     @property
     def holds(self) -> bool:
-        """Whether parameters and modes are those that it was made with."""
-        return super().holds and self._training() == self._modes
+        return self._modules.holds
 
-    def _one(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], values: Tensor) -> Tensor:
-        return torch.func.functional_call(self._template, (parameters, buffers), (values,))
+    def agrees(self, bodies: Sequence[nn.Module], inputs: Tensor) -> bool:
+        """Whether each block by itself makes of its input what they make together."""
+        return self._modules.gives(lambda: [body(x) for body, x in zip(bodies, inputs, strict=True)], inputs)
 
     def room(self, inputs: Tensor) -> Tensor:
         return torch.empty_like(inputs)  # in a run of blocks what goes out is what goes in
 
     def forward(self, inputs: Tensor, outputs: Tensor) -> None:
-        self._x = inputs.detach()
-        parameters = {name: stack.value.detach() for name, stack in self._stacks.items()}
-        self._leaves = [parameters[name].requires_grad_() for name in self._learning]
-        self._moved = {name: torch.stack(column) for name, column in self._buffers.items()}
-        with torch.enable_grad():
-            self._y = self._run(parameters, self._moved, self._x.requires_grad_())
+        self._x = inputs.detach().requires_grad_()
+        self._y = self._modules.run(self._x)
         outputs.copy_(self._y.detach())
 
     def backward(self, credit: Tensor, messages: Tensor | None) -> None:
-        wanted = self._leaves if messages is None else [*self._leaves, self._x]
-        found = torch.autograd.grad(self._y, wanted, credit.to(self._y.dtype), allow_unused=True)
-        self._found = found[: len(self._leaves)]
-        if messages is not None:
-            messages.copy_(found[-1]) if found[-1] is not None else messages.zero_()
+        wanted = () if messages is None else (self._x,)
+        for found in self._modules.differentiate(self._y, credit.to(self._y.dtype), wanted):
+            assert messages is not None, "nothing else is wanted"
+            messages.copy_(found)
         self._x = self._y = torch.empty(0)
 
     def descend(self, descent: Descent) -> None:
-        for stack, gradient in zip(self.parameters, self._found, strict=True):
-            if gradient is not None:
-                descent.follow(stack, gradient)
-        self._found = ()
-        for name, column in self._buffers.items():
-            torch._foreach_copy_(column, self._moved[name].unbind())
+        self._modules.descend(descent)

@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lockfree.cell import Cell
-from lockfree.executors import finite
 from lockfree.executors.base import Assembly, Outcome
 from lockfree.executors.sequential import act
+from lockfree.executors.stacked.alike import anatomy
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
 from lockfree.stacking import CreditStack, Descent, ParameterStack
@@ -30,6 +30,11 @@ class Credits(ABC):
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = list(cells)
 
+    @property
+    def holds(self) -> bool:
+        """Whether the auxiliary networks are still those that were stacked."""
+        return True
+
     def enter(self, assembly: Assembly, tick: int) -> None:
         """Takes over what the cells have in flight, before a tick."""
         del assembly, tick
@@ -39,8 +44,12 @@ class Credits(ABC):
         del assembly, tick
 
     @abstractmethod
-    def take(self, assembly: Assembly, batches: Sequence[int], inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
-        """Returns the credit of the outputs, of their shape (n, m, ...); batch by cell."""
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
+        """Returns the credit of the outputs, of their shape (n, m, ...)."""
+
+    def ages(self, assembly: Assembly, kind: Kind) -> list[int]:
+        """Returns for each cell the ticks between a batch's entry and that action."""
+        return [assembly.schedule.age(cell.place.index, kind) or 0 for cell in self.cells]
 
     def learn(self, assembly: Assembly, tick: int, messages: Tensor | None, outcome: Outcome) -> Tensor | None:
         """Lets the auxiliary networks learn; returns a number that is finite if all their losses are.
@@ -66,37 +75,38 @@ class Together(Credits):
         stack: The rule's stacked form.
     """
 
-    def __init__(self, cells: Sequence[Cell], stack: CreditStack) -> None:
+    def __init__(self, cells: Sequence[Cell], stack: CreditStack, assembly: Assembly) -> None:
         super().__init__(cells)
         self._stack = stack
         self.parameters = stack.parameters
         self._first, self._last = cells[0].place.index, cells[-1].place.index
+        self._forward, self._learn = self.ages(assembly, Kind.FORWARD), self.ages(assembly, Kind.AUXILIARY)
         self._outputs = torch.empty(0)
+
+    @property
+    def holds(self) -> bool:
+        return self._stack.holds
 
     def enter(self, assembly: Assembly, tick: int) -> None:
         if self._stack.waits:
-            self._stack.enter([cell.memo_of(batch) for cell, batch in zip(self.cells, self._waiting(assembly, tick), strict=True)])
+            self._stack.enter([cell.memo_of(tick - age) for cell, age in zip(self.cells, self._learn, strict=True)])
 
     def leave(self, assembly: Assembly, tick: int) -> None:
         if not self._stack.waits:
             return
-        batches = self._waiting(assembly, tick + 1)
-        for cell, batch, outputs, memo in zip(self.cells, batches, self._outputs, self._stack.leave(), strict=True):
+        for cell, age, outputs, memo in zip(self.cells, self._learn, self._outputs, self._stack.leave(), strict=True):
+            batch = tick + 1 - age
             cell.remember(batch, outputs.clone(), memo, assembly.flights[batch])
 
-    def _waiting(self, assembly: Assembly, tick: int) -> list[int]:
-        """Returns for each cell the batch that its auxiliary network learns from in a tick."""
-        return [tick - (assembly.schedule.age(cell.place.index, Kind.AUXILIARY) or 0) for cell in self.cells]
-
-    def take(self, assembly: Assembly, batches: Sequence[int], inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
         self._outputs = outputs
-        return self._stack.credit(outputs, [assembly.flights[batch] for batch in batches])
+        flights = assembly.flights
+        return self._stack.credit(outputs, [flights[tick - age] for age in self._forward] if self._stack.sees_targets else ())
 
     def learn(self, assembly: Assembly, tick: int, messages: Tensor | None, outcome: Outcome) -> Tensor | None:
-        batches = self._waiting(assembly, tick)
-        losses = self._stack.learn(self._truths(assembly, batches[-1], messages) if self._stack.waits else None)
-        indices = range(self._first, self._last + 1)
-        outcome.auxiliary.update(zip(zip(indices, batches, strict=True), losses.unbind(), strict=True))
+        truth = self._truths(assembly, tick - self._learn[-1], messages) if self._stack.waits else None
+        losses = self._stack.learn(truth)
+        outcome.stacked.append((self._first, losses))
         return losses.sum()
 
     def _truths(self, assembly: Assembly, batch: int, messages: Tensor | None) -> Tensor:
@@ -116,9 +126,11 @@ class Together(Credits):
 class OneByOne(Credits):
     """Each cell by itself, as its rule says for one: any rule, and any way of learning late."""
 
-    def take(self, assembly: Assembly, batches: Sequence[int], inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
         credits = []
-        for cell, batch, x, y in zip(self.cells, batches, inputs, outputs, strict=True):
+        kept = inputs.clone(), outputs.clone()  # a rule may remember them for longer than the stack does
+        for cell, age, x, y in zip(self.cells, self.ages(assembly, Kind.FORWARD), *kept, strict=True):
+            batch = tick - age
             kinds = assembly.schedule.kinds(cell.place.index, batch)
             cell.receive(batch, x.detach(), y, assembly.flights[batch], kinds)
             credit = cell.take_credit(batch)
@@ -144,17 +156,22 @@ class OneByOne(Credits):
 class FromLoss(Credits):
     """The top cell: the loss's own gradient."""
 
-    def take(self, assembly: Assembly, batches: Sequence[int], inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
-        (batch,) = batches
-        flight = assembly.flights[batch]
-        loss, (error,) = assembly.objective(outputs[0].requires_grad_(), flight.target)
-        outcome.losses[batch] = finite.at_the_top(assembly, batch, loss)
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
+        batch = tick - (assembly.schedule.age(self.cells[0].place.index, Kind.FORWARD) or 0)
+        outcome.losses[batch], (error,) = assembly.objective(outputs[0].requires_grad_(), assembly.flights[batch].target)
         assert error is not None, "a loss of the scores has a gradient for them"
         return error[None]
 
 
-def credits_for(cells: Sequence[Cell], assembly: Assembly) -> Credits | None:
-    """Returns where these cells' credit comes from; ``None`` if they cannot take it the moment that they have run."""
+def credits_for(cells: Sequence[Cell], inputs: Sequence[Tensor], assembly: Assembly, tick: int) -> Credits | None:
+    """Returns where these cells' credit comes from; ``None`` if they cannot take it the moment that they have run.
+
+    Args:
+        cells: Of equal structure, bottom to top.
+        inputs: What they are about to run on.
+        assembly: What they are part of.
+        tick: Number of the tick.
+    """
     schedule, rule = assembly.schedule, cells[0].rule
     indices = [cell.place.index for cell in cells]
     if any(schedule.age(i, Kind.LEARN) != schedule.age(i, Kind.FORWARD) for i in indices):
@@ -163,9 +180,18 @@ def credits_for(cells: Sequence[Cell], assembly: Assembly) -> Credits | None:
         return FromLoss(cells) if cells[-1].joined_above and len(cells) == 1 else None
     if any(cell.joined_above or cell.joined_below or cell.needs > Needs.TARGET for cell in cells):
         return None
-    stack = rule.credit_stack([cell.auxiliary for cell in cells])
+    if not _alike([cell.auxiliary for cell in cells]):
+        return OneByOne(cells)
+    stack = rule.credit_stack([cell.auxiliary for cell in cells], assembly.objective)
     if stack is not None:
         ages = [((schedule.age(i, Kind.AUXILIARY) or 0) - (schedule.age(i, Kind.FORWARD) or 0)) for i in indices]
-        if all(age == int(stack.waits) for age in ages):
-            return Together(cells, stack)
+        batches = [tick - (schedule.age(i, Kind.FORWARD) or 0) for i in indices]
+        contexts = [cell.rehearse(t, x, assembly.flights[t]) for cell, t, x in zip(cells, batches, inputs, strict=True)]
+        if all(age == int(stack.waits) for age in ages) and stack.agrees(contexts):
+            return Together(cells, stack, assembly)
     return OneByOne(cells)
+
+
+def _alike(networks: Sequence[nn.Module | None]) -> bool:
+    found = {"" if network is None else repr(anatomy(network)) for network in networks}
+    return len(found) == 1

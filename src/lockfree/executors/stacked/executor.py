@@ -1,16 +1,18 @@
 """The executor that runs blocks of equal structure as one."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lockfree.cell import Cell
 from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.executors.sequential import Sequential, act
-from lockfree.executors.stacked.alike import anatomy, computes_with, held_alone
+from lockfree.executors.stacked.alike import anatomy, held_alone
 from lockfree.executors.stacked.blocks import AffineBlocks, BlockStack, ModuleBlocks, affine
 from lockfree.executors.stacked.credit import Credits, FromLoss, OneByOne, credits_for
 from lockfree.executors.stacked.stack import Stack
@@ -19,7 +21,7 @@ from lockfree.flight import Flight
 from lockfree.link import Link
 from lockfree.rule import Rule
 from lockfree.schedule import Action, Kind, Tick
-from lockfree.values import Values
+from lockfree.values import Values, tensors
 
 
 @dataclass(slots=True)
@@ -31,6 +33,7 @@ class _Plan:
         others: The actions of all other cells, as (cell, kind, batch less the tick).
         alone: The other cells, and those whose auxiliary networks learn one by one.
         shape: Shape of a batch.
+        device: Type of the device.
         blocks: Steps the weights of the blocks.
         auxiliaries: Steps those of auxiliary networks; ``None`` if no stack has any.
     """
@@ -38,7 +41,8 @@ class _Plan:
     stacks: list[Stack]
     others: list[tuple[int, Kind, int]]
     alone: list[Cell]
-    shape: torch.Size
+    shape: Any
+    device: str
     blocks: StackedUpdate
     auxiliaries: StackedUpdate | None
 
@@ -46,7 +50,9 @@ class _Plan:
     def holds(self) -> bool:
         """Whether models and optimizers are still those that were stacked."""
         updates = [self.blocks] + ([self.auxiliaries] if self.auxiliaries else [])
-        return all(stack.blocks.holds for stack in self.stacks) and all(update.holds for update in updates)
+        return all(stack.blocks.holds and stack.credits.holds for stack in self.stacks) and all(
+            update.holds for update in updates
+        )
 
 
 class Stacked(Executor):
@@ -60,27 +66,51 @@ class Stacked(Executor):
         self._reference = Sequential()
         self._plan: _Plan | None = None
         self._tick = -1  # the last one that ran
-        self._full = False  # whether that was one of a full pipeline, so that everything has learnt before
+
+    def check(self, assembly: Assembly) -> None:
+        """Refuses schedules under which no two blocks can work at the same time.
+
+        Raises:
+            ValueError: Under ``lockstep``, where each block needs what the one below makes in the same tick (the forward lock);
+                or if weights are to change before the tick ends.
+        """
+        if assembly.schedule.hop < 1:
+            raise ValueError(
+                f"the stacked executor cannot serve the {assembly.schedule.name} schedule: each block needs, in the same tick, what "
+                'the one below makes (the forward lock); use schedule="pipelined", or executor="sequential"'
+            )
+        if assembly.at_once:
+            raise ValueError(
+                'the stacked executor changes weights at the end of a tick: leave out update="block", or use executor="sequential"'
+            )
 
     def run(self, assembly: Assembly, actions: Sequence[Action]) -> Outcome:
         """Runs the actions of one tick, then the update."""
-        whole = isinstance(actions, Tick) and actions.whole and not _autocast(assembly)
+        whole = isinstance(actions, Tick) and actions.whole and not torch.is_autocast_enabled(self._device(assembly))
         tick = actions.number if isinstance(actions, Tick) else -1
-        plan = self._entered(assembly, tick) if whole and self._full else None
+        plan = self._entered(assembly, tick) if whole else None
         if plan is None:
             self.settle(assembly)
             outcome = self._reference.run(assembly, actions)
         else:
             outcome = _run(assembly, plan, tick)
-        self._tick, self._full = tick, whole
+        self._tick = tick
         return outcome
+
+    def _device(self, assembly: Assembly) -> str:
+        """Returns where blocks run; under autocast they run in a shorter type there, which operations by hand do not follow."""
+        if self._plan is not None:
+            return self._plan.device
+        return next(assembly.cells[0].block.parameters(), torch.empty(0)).device.type
 
     def _entered(self, assembly: Assembly, tick: int) -> _Plan | None:
         """Returns what is to be run as one in a tick, if anything can be."""
-        inputs = assembly.flights[tick].inputs
-        if self._plan is not None and self._plan.holds and inputs.shape == self._plan.shape:
+        shape = _shape(assembly.flights[tick].inputs)
+        if self._plan is not None and self._plan.holds and shape == self._plan.shape:
             return self._plan
         self.settle(assembly)
+        if any(_shape(flight.inputs) != shape for flight in assembly.flights.values()):
+            return None
         self._plan = _make_plan(assembly, tick)
         if self._plan is not None:
             for stack in self._plan.stacks:
@@ -100,19 +130,12 @@ class Stacked(Executor):
 
     def forget(self) -> None:
         """Forgets what the stacks keep."""
-        self._plan, self._full = None, False
+        self._plan = None
 
     def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
         """Lets one cell learn alone, as the reference does."""
         self.settle(assembly)
-        self._full = False
         return self._reference.run_alone(assembly, cell, batch, flight)
-
-
-def _autocast(assembly: Assembly) -> bool:
-    """Whether blocks are to run in a shorter type, which the operations by hand do not follow."""
-    device = next(assembly.cells[0].block.parameters(), torch.empty(0)).device.type
-    return torch.is_autocast_enabled(device)
 
 
 def _run(assembly: Assembly, plan: _Plan, tick: int) -> Outcome:
@@ -122,7 +145,7 @@ def _run(assembly: Assembly, plan: _Plan, tick: int) -> Outcome:
     for cell, kind, shift in plan.others:
         act(assembly, Action(cell, kind, tick + shift), outcome)
     checks += [check for stack in plan.stacks if (check := stack.learn(tick, outcome)) is not None]
-    if not bool(torch.stack(checks).sum().isfinite()):
+    if not math.isfinite(sum(checks[1:], start=checks[0]).item()):
         for stack in plan.stacks:
             stack.refuse_what_is_not_finite(tick, outcome)
     block_learnt = any(cell.learnt[0] for cell in plan.alone)
@@ -151,18 +174,24 @@ def _make_plan(assembly: Assembly, tick: int) -> _Plan | None:
     if not stacks:
         return None
     inside = {cell.place.index for stack in stacks for cell in stack.cells}
-    listed = [(action.cell, action.kind, action.batch - tick) for action in Tick(assembly.schedule, tick, -assembly.schedule.depth, 0)]
+    listed = [
+        (action.cell, action.kind, action.batch - tick) for action in Tick(assembly.schedule, tick, -assembly.schedule.depth, 0)
+    ]
     one_by_one = [cell for stack in stacks if isinstance(stack.credits, OneByOne) for cell in stack.cells]
     alone = [cell for cell in assembly.cells if cell.place.index not in inside] + one_by_one
     learnt = [parameters for stack in stacks for parameters in stack.blocks.parameters]
     beside = [parameters for stack in stacks for parameters in stack.credits.parameters]
+    blocks = stacked_update(assembly.blocks, learnt)
     auxiliaries = stacked_update(assembly.auxiliaries, beside) if beside and assembly.auxiliaries is not None else None
+    if blocks is None or (beside and auxiliaries is None):
+        return None
     return _Plan(
         stacks=stacks,
         others=[action for action in listed if action[0] not in inside],
         alone=alone,
-        shape=assembly.flights[tick].inputs.shape,
-        blocks=stacked_update(assembly.blocks, learnt),
+        shape=_shape(assembly.flights[tick].inputs),
+        device=stacks[0].blocks.parameters[0].value.device.type,
+        blocks=blocks,
         auxiliaries=auxiliaries,
     )
 
@@ -171,17 +200,15 @@ def _stacks(assembly: Assembly, tick: int) -> Iterator[Stack]:
     """Yields the runs of cells of equal structure."""
     inputs = [_input_of(assembly, cell, tick) for cell in assembly.cells]
     alone = held_alone([cell.block for cell in assembly.cells])
-    kinds = [
-        _kind(cell, value) if own else None
-        for cell, value, own in zip(assembly.cells, inputs, alone, strict=True)
-    ]
+    kinds = [_kind(cell, value) if own else None for cell, value, own in zip(assembly.cells, inputs, alone, strict=True)]
     pairs = zip(assembly.cells, kinds, strict=True)
     for kind, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
         cells = [cell for cell, _ in run]
         if kind is None:
             continue
-        credits = credits_for(cells, assembly)
-        blocks = None if credits is None else _blocks(cells, credits, [inputs[cell.place.index] for cell in cells])
+        taken = [inputs[cell.place.index] for cell in cells]
+        credits = credits_for(cells, taken, assembly, tick)
+        blocks = None if credits is None else _blocks(cells, credits, taken)
         if credits is not None and blocks is not None:
             yield Stack(cells, blocks, credits, assembly)
 
@@ -199,8 +226,8 @@ def _kind(cell: Cell, inputs: Values) -> tuple | None:
     body = cell.block.body
     served = (
         isinstance(inputs, Tensor)
-        and inputs.is_floating_point()
         and body is not None
+        and all(parameter.dtype == inputs.dtype for parameter in body.parameters())
         and type(cell.rule).run is Rule.run
         and not cell.synthetic
         and (cell.outputs_carry == [True] or cell.place.top)
@@ -213,19 +240,21 @@ def _kind(cell: Cell, inputs: Values) -> tuple | None:
 
 def _blocks(cells: Sequence[Cell], credits: Credits, inputs: Sequence[Tensor]) -> BlockStack | None:
     """Returns the blocks as one, if they are; a single block only where that is done by hand."""
-    bodies = [cell.block.body for cell in cells]
-    found = [affine(body) for body in bodies if body is not None]
+    bodies = [body for cell in cells if (body := cell.block.body) is not None]
+    found = [affine(body) for body in bodies]
     layers = [one for one in found if one is not None]
     by_hand = len(layers) == len(cells) and all(layer.weight.dtype == inputs[0].dtype for layer, _ in layers)
     if by_hand and (len(cells) == 1 or layers[0][0].in_features == layers[0][0].out_features):
-        return None if isinstance(credits, OneByOne) and len(cells) == 1 else AffineBlocks([layer for layer, _ in layers], layers[0][1])
+        return (
+            None
+            if isinstance(credits, OneByOne) and len(cells) == 1
+            else AffineBlocks([layer for layer, _ in layers], layers[0][1])
+        )
     if len(cells) == 1 or isinstance(credits, FromLoss):
         return None
-    return None if not all(_same(bodies[0], body, value) for body, value in zip(bodies, inputs, strict=True)) else ModuleBlocks(bodies)
+    blocks = ModuleBlocks(bodies)
+    return blocks if blocks.agrees(bodies, torch.stack([value.detach() for value in inputs])) else None
 
 
-def _same(template: nn.Module | None, body: nn.Module | None, inputs: Tensor) -> bool:
-    assert template is not None and body is not None, "cells without a body are not asked"
-    named = [name for name, _ in (*template.named_parameters(), *template.named_buffers())]
-    held = [tensor for tensor in (*body.parameters(), *body.buffers())]
-    return computes_with(template, dict(zip(named, held, strict=True)), body, inputs)
+def _shape(values: Values) -> Any:
+    return values.shape if isinstance(values, Tensor) else [tensor.shape for tensor in tensors(values)]

@@ -25,14 +25,15 @@ class Stack:
 
     def __init__(self, cells: Sequence[Cell], blocks: BlockStack, credits: Credits, assembly: Assembly) -> None:
         self.cells, self.blocks, self.credits = list(cells), blocks, credits
-        self._assembly = assembly
-        self._first, self._last = cells[0].place.index, cells[-1].place.index
-        self._ages = [assembly.schedule.age(cell.place.index, Kind.FORWARD) or 0 for cell in cells]
-        self._reports = any(cell.reports for cell in cells)
+        self._assembly, self._ages = assembly, credits.ages(assembly, Kind.FORWARD)
+        bottom, top = cells[0].place, cells[-1].place
+        self._below = assembly.links[bottom.index - 1] if bottom.index else None
+        self._above = None if top.top else assembly.links[top.index]
+        self._reports, self._sends = any(cell.reports for cell in cells), cells[0].reports
         # What a tick makes is what the next one takes, one cell further up; they write to two pieces of memory in turn.
         self._registers: list[Tensor] = []
         self._outputs = torch.empty(0)
-        self._messages: Tensor | None = None
+        self._messages: Tensor | None = None  # with room for the one from above
 
     def batches(self, tick: int) -> list[int]:
         """Returns the batch that each cell works on in a tick."""
@@ -42,8 +43,8 @@ class Stack:
 
     def enter(self, tick: int) -> None:
         """Takes over what links and cells keep, before a tick."""
-        below = [self._assembly.links[cell.place.index - 1] for cell in self.cells[1:]]
-        taken = [link.take(batch).detach() for link, batch in zip(below, self.batches(tick)[1:], strict=True)]
+        links = [self._assembly.links[cell.place.index - 1] for cell in self.cells[1:]]
+        taken = [link.take(batch).detach() for link, batch in zip(links, self.batches(tick)[1:], strict=True)]
         if taken:
             # The bottom cell's input and the top cell's output are not there yet.
             now = torch.stack([torch.empty_like(taken[0]), *taken, torch.empty_like(taken[0])])
@@ -61,31 +62,30 @@ class Stack:
 
     def run(self, tick: int, outcome: Outcome) -> Tensor:
         """F and L of every cell; returns a number that is finite if all that they made is. No weight has changed."""
-        batches, assembly = self.batches(tick), self._assembly
-        bottom = assembly.links[self._first - 1].take(batches[0]) if self._first else assembly.flights[batches[0]].inputs
-        inputs, outputs = self._shift(bottom.detach())
+        batch = tick - self._ages[0]
+        bottom = self._assembly.flights[batch].inputs if self._below is None else self._below.take(batch)
+        inputs, outputs, messages = self._shift(bottom.detach())
         self.blocks.forward(inputs, outputs)
-        credit = self.credits.take(assembly, batches, inputs, outputs, outcome)
-        messages = None if self._messages is None else self._messages[: len(self.cells)]
+        credit = self.credits.take(self._assembly, tick, inputs, outputs, outcome)
         self.blocks.backward(credit, messages)
-        if not self.cells[-1].place.top:
-            assembly.links[self._last].lift(batches[-1], outputs[-1].clone().requires_grad_())
-        if self.cells[0].reports:
+        if self._above is not None:
+            self._above.lift(tick - self._ages[-1], outputs[-1].clone().requires_grad_())
+        if self._sends:
+            assert self._below is not None, "who reports has a cell below"
             assert messages is not None, "who reports has a message"
-            assembly.links[self._first - 1].send(batches[0], (messages[0].clone(),))
+            self._below.send(batch, (messages[0].clone(),))
         self._outputs = outputs
         return outputs.sum()
 
-    def _shift(self, bottom: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the inputs of a tick, and the room for its outputs."""
+    def _shift(self, bottom: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the inputs of a tick, the room for its outputs, and that for its messages if anyone wants them."""
         if len(self.cells) == 1:
-            if self._messages is None and self._reports:
-                self._messages = torch.empty_like(bottom)[None]
-            return bottom[None], self.blocks.room(bottom[None])
+            inputs = bottom[None]
+            return inputs, self.blocks.room(inputs), torch.empty_like(inputs) if self._reports else None
         now, following = self._registers
         self._registers = [following, now]
         now[0].copy_(bottom)
-        return now[:-1], following[1:]
+        return now[:-1], following[1:], None if self._messages is None else self._messages[:-1]
 
     def learn(self, tick: int, outcome: Outcome) -> Tensor | None:
         """A of every cell; returns a number that is finite if all their losses are. No weight has changed."""
@@ -93,10 +93,12 @@ class Stack:
 
     def refuse_what_is_not_finite(self, tick: int, outcome: Outcome) -> None:
         """Names the first value that is not finite."""
-        pairs = list(zip(self.cells, self.batches(tick), strict=True))
-        for (cell, batch), outputs in zip(pairs, self._outputs, strict=True):
+        for cell, batch, outputs in zip(self.cells, self.batches(tick), self._outputs, strict=True):
             finite.refuse(cell, batch, outputs)
+            if cell.place.top:
+                finite.at_the_top(self._assembly, batch, outcome.losses[batch])
+        losses = outcome.auxiliary_by_cell()
         for cell in self.cells:
-            for (index, batch), loss in outcome.auxiliary.items():
-                if index == cell.place.index:
-                    finite.beside(self._assembly, cell, batch, loss)
+            if cell.place.index in losses:
+                age = self._assembly.schedule.age(cell.place.index, Kind.AUXILIARY) or 0
+                finite.beside(self._assembly, cell, tick - age, losses[cell.place.index])

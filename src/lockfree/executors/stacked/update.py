@@ -1,6 +1,6 @@
 """Optimizers' steps for stacked parameters: in closed form for those that everyone uses, the optimizer's own for any other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class StackedUpdate(Descent):
 
     Args:
         update: What owns the optimizer.
-        stacks: The parameters that will be followed; each must have been stepped before, so that its state is there.
+        stacks: The parameters that will be followed.
     """
 
     def __init__(self, update: Update, stacks: Sequence[ParameterStack]) -> None:
@@ -25,6 +25,11 @@ class StackedUpdate(Descent):
     @staticmethod
     def serves(update: Update, stacks: Sequence[ParameterStack]) -> bool:
         """Whether this is how the optimizer steps."""
+        return True
+
+    @staticmethod
+    def ready(update: Update, stacks: Sequence[ParameterStack]) -> bool:
+        """Whether the optimizer keeps all that it will: some of it is made in a parameter's first step."""
         return True
 
     @property
@@ -61,7 +66,9 @@ def _plain(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]], f
         optimizers._global_optimizer_pre_hooks,
         optimizers._global_optimizer_post_hooks,
     )
-    return not any(hooks) and not any(group.get(name) or isinstance(group["lr"], Tensor) for group in groups for name in forbidden)
+    return not any(hooks) and not any(
+        group.get(name) or isinstance(group["lr"], Tensor) for group in groups for name in forbidden
+    )
 
 
 def _groups(optimizer: torch.optim.Optimizer, stacks: Sequence[ParameterStack]) -> list[dict[str, Any]] | None:
@@ -98,11 +105,14 @@ class BySGD(StackedUpdate):
         if type(optimizer) is not torch.optim.SGD or not update.plain:
             return False
         groups = _groups(optimizer, stacks)
-        if groups is None or not _plain(optimizer, groups, ("nesterov", "maximize", "differentiable")):
-            return False
-        pairs = zip(stacks, groups, strict=True)
+        return groups is not None and _plain(optimizer, groups, ("nesterov", "maximize", "differentiable"))
+
+    @staticmethod
+    def ready(update: Update, stacks: Sequence[ParameterStack]) -> bool:
+        state = update.optimizer.state
+        pairs = zip(stacks, _groups(update.optimizer, stacks) or [], strict=True)
         moving = [member for stack, group in pairs if group["momentum"] for member in stack.members]
-        return all(optimizer.state.get(member, {}).get("momentum_buffer") is not None for member in moving)
+        return all(state.get(member, {}).get("momentum_buffer") is not None for member in moving)
 
     @property
     def holds(self) -> bool:
@@ -175,8 +185,11 @@ class ByAdam(StackedUpdate):
         groups = _groups(optimizer, stacks)
         if groups is None or not _plain(optimizer, groups, ("differentiable", "capturable")):
             return False
-        on_cpu = all(stack.value.device.type == "cpu" and stack.value.dtype in _SERVED for stack in stacks)
-        return on_cpu and all(member in optimizer.state for stack in stacks for member in stack.members)
+        return all(stack.value.device.type == "cpu" and stack.value.dtype in _SERVED for stack in stacks)
+
+    @staticmethod
+    def ready(update: Update, stacks: Sequence[ParameterStack]) -> bool:
+        return all(member in update.optimizer.state for stack in stacks for member in stack.members)
 
     @property
     def holds(self) -> bool:
@@ -198,11 +211,11 @@ class ByAdam(StackedUpdate):
         super().finish(others)
 
 
-_FUSED = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+_FUSED: dict[type, Callable[..., None]] = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
 _SERVED = (torch.float32, torch.float64)
 
 
-def stacked_update(update: Update, stacks: Sequence[ParameterStack]) -> StackedUpdate:
-    """Returns the fastest way of stepping these stacks."""
+def stacked_update(update: Update, stacks: Sequence[ParameterStack]) -> StackedUpdate | None:
+    """Returns the fastest way of stepping these stacks; ``None``: it has to step each parameter in its own way once more."""
     kind = next(kind for kind in (BySGD, ByAdam, ByGradients) if kind.serves(update, stacks))
-    return kind(update, stacks)
+    return kind(update, stacks) if kind.ready(update, stacks) else None
