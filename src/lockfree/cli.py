@@ -441,7 +441,7 @@ class Bench:
     """Measure speed or memory, as ratios of things measured in turn on this machine.
 
     Args:
-        name: Which benchmark: step, synthetic, hsic or memory.
+        name: Which benchmark: step, synthetic, hsic, memory or depth.
         json: Print one JSON object.
     """
 

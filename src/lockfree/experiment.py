@@ -83,12 +83,14 @@ class RuleSettings(Settings):
         rule: How blocks get their credit; `lockfree rules` lists them.
         schedule: lockstep or pipelined.
         delay: Delay of every link between blocks, in ticks.
+        executor: sequential, or stacked: blocks of equal structure as one batched operation, which needs --schedule pipelined.
         blocks: Number of blocks; one for each child of the network if left out.
     """
 
     rule: str = "backprop"
     schedule: str = "lockstep"
     delay: int = 0
+    executor: str = "sequential"
     blocks: int | None = None
 
 
@@ -141,6 +143,7 @@ class Experiment(RuleSettings):
             blocks=self.blocks,
             example_input=dataset.train.inputs[:2],
             schedule=self.schedule,
+            executor=self.executor,
             links=Link(delay=self.delay),
             accumulate=self.accumulate,
             clip_norm=self.clip_norm,

@@ -37,8 +37,6 @@ class StepResult:
 
     Attributes:
         batch: Number of the batch that reached the loss, or ``None`` while a pipeline fills.
-        auxiliary: Loss of each auxiliary network that learnt, by cell.
-        inputs: Loss of each network that predicts a block's input and learnt, by cell.
     """
 
     batch: int | None
@@ -46,10 +44,12 @@ class StepResult:
 
     @property
     def auxiliary(self) -> dict[int, Tensor]:
+        """Loss of each auxiliary network that learnt, by cell."""
         return self._outcome.auxiliary_by_cell()
 
     @property
     def inputs(self) -> dict[int, Tensor]:
+        """Loss of each network that predicts a block's input and learnt, by cell."""
         return {cell: loss for (cell, _), loss in self._outcome.inputs.items()}
 
     @property

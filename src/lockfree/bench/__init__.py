@@ -3,10 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+from lockfree.bench.depth import depth
 from lockfree.bench.hsic import hsic
 from lockfree.bench.memory import memory
 from lockfree.bench.step import step
 from lockfree.bench.synthetic import synthetic
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {"step": step, "synthetic": synthetic, "hsic": hsic, "memory": memory}
+BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "step": step,
+    "synthetic": synthetic,
+    "hsic": hsic,
+    "memory": memory,
+    "depth": depth,
+}
 """Every benchmark by its command-line name."""

@@ -46,19 +46,22 @@ class Activation(NamedTuple):
 
     Attributes:
         apply: Writes the function of a tensor in its place.
-        differentiate: (credit, value) to the gradient before the function.
+        differentiate: Returns the gradient before the function, given (credit, value, room for it).
     """
 
     apply: Callable[[Tensor], Tensor]
-    differentiate: Callable[[Tensor, Tensor], Tensor]
+    differentiate: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+_aten = torch.ops.aten
 
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: Activation(torch.relu_, lambda credit, value: torch.ops.aten.threshold_backward(credit, value, 0)),
-    nn.Tanh: Activation(torch.tanh_, lambda credit, value: torch.ops.aten.tanh_backward(credit, value)),
-    nn.Sigmoid: Activation(torch.sigmoid_, lambda credit, value: torch.ops.aten.sigmoid_backward(credit, value)),
+    nn.ReLU: Activation(torch.relu_, lambda credit, value, room: _aten.threshold_backward(credit, value, 0, grad_input=room)),
+    nn.Tanh: Activation(torch.tanh_, lambda credit, value, room: _aten.tanh_backward(credit, value, grad_input=room)),
+    nn.Sigmoid: Activation(torch.sigmoid_, lambda credit, value, room: _aten.sigmoid_backward(credit, value, grad_input=room)),
 }
-_IDENTITY = Activation(lambda values: values, lambda credit, value: credit)
+_IDENTITY = Activation(lambda values: values, lambda credit, value, room: credit)
 
 
 def affine(body: nn.Module) -> tuple[nn.Linear, Activation] | None:
@@ -97,6 +100,7 @@ class AffineBlocks(BlockStack):
         self._transposed = self._weight.value.transpose(1, 2)
         self._offset = None if self._bias is None else self._bias.value[:, None]
         self._x = self._y = self._g = torch.empty(0)
+        self._gradient_room = torch.empty(0)
 
     def room(self, inputs: Tensor) -> Tensor:
         return inputs.new_empty(*inputs.shape[:-1], self._weight.value.shape[1])
@@ -111,7 +115,9 @@ class AffineBlocks(BlockStack):
         self._x, self._y = x, y
 
     def backward(self, credit: Tensor, messages: Tensor | None) -> None:
-        self._g = self._activation.differentiate(credit.flatten(1, -2), self._y)
+        if self._gradient_room.shape != self._y.shape:
+            self._gradient_room = torch.empty_like(self._y)
+        self._g = self._activation.differentiate(credit.flatten(1, -2), self._y, self._gradient_room)
         if messages is not None:
             torch.bmm(self._g, self._weight.value, out=messages.flatten(1, -2))
 

@@ -23,9 +23,11 @@ class Credits(ABC):
 
     Attributes:
         parameters: What is learnt here and stepped by `descend`.
+        shows_what_is_above: Whether the loss of a cell is not finite if the output of the one above it is not.
     """
 
     parameters: Sequence[ParameterStack] = ()
+    shows_what_is_above: bool = False
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = list(cells)
@@ -78,7 +80,7 @@ class Together(Credits):
     def __init__(self, cells: Sequence[Cell], stack: CreditStack, assembly: Assembly) -> None:
         super().__init__(cells)
         self._stack = stack
-        self.parameters = stack.parameters
+        self.parameters, self.shows_what_is_above = stack.parameters, stack.waits
         self._first, self._last = cells[0].place.index, cells[-1].place.index
         self._forward, self._learn = self.ages(assembly, Kind.FORWARD), self.ages(assembly, Kind.AUXILIARY)
         self._outputs = torch.empty(0)

@@ -75,7 +75,7 @@ class Stack:
             assert messages is not None, "who reports has a message"
             self._below.send(batch, (messages[0].clone(),))
         self._outputs = outputs
-        return outputs.sum()
+        return (outputs[0] if self.credits.shows_what_is_above else outputs).sum()
 
     def _shift(self, bottom: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the inputs of a tick, the room for its outputs, and that for its messages if anyone wants them."""
