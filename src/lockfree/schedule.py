@@ -87,7 +87,10 @@ class Schedule:
 
     @cached_property
     def _all_kinds(self) -> list[frozenset[Kind]]:
-        return [frozenset(kind for i, kind in self._offset if i == cell) for cell in range(self.cells)]
+        kinds: list[set[Kind]] = [set() for _ in range(self.cells)]
+        for cell, kind in self._offset:
+            kinds[cell].add(kind)
+        return list(map(frozenset, kinds))
 
     @cached_property
     def _orders(self) -> dict[tuple[int, int], list[tuple[int, Kind, int]]]:
@@ -215,18 +218,23 @@ class Schedule:
             others = unclocked.waits_for(Action(cell, kind, shift))
             return not any(wait in pending for wait in [(cell, _BEFORE[kind], shift), *others])
 
-        def emit(cell: int, kind: Kind) -> None:
-            shift = -self._offset.get((cell, kind), self.depth + 1)
-            if (cell, kind, shift) in pending and (kind is Kind.FORWARD or ready(cell, kind, shift)):
+        def emit(cell: int, kind: Kind) -> bool:
+            shift = -self._offset.get((cell, kind), never)
+            possible = (cell, kind, shift) in pending and (kind is Kind.FORWARD or ready(cell, kind, shift))
+            if possible:
                 pending.remove((cell, kind, shift))
                 order.append((cell, kind, shift))
+            return possible
 
+        never = self.depth + 1
         for cell in range(self.cells):
             emit(cell, Kind.FORWARD)
             emit(cell, Kind.INPUT)
             for below in range(cell, -1, -1):
-                emit(below, Kind.LEARN)
-                emit(below, Kind.AUXILIARY)
+                emitted = [emit(below, Kind.LEARN), emit(below, Kind.AUXILIARY)]
+                # Further down waits for the next cell or for the top one; so a long chain takes no square of its length.
+                if below < cell < self.cells - 1 and not any(emitted):
+                    break
         assert not pending, f"actions that wait for each other: {pending}"
         return order
 
@@ -254,8 +262,10 @@ def _offsets(
         forward[cell] = 0 if synthetic and synthetic[cell] else forward[cell - 1] + hop
     learn = list(forward)
     offsets: dict[tuple[int, Kind], int] = {}
+    error = forward[-1]
     for cell in range(count - 1, -1, -1):
-        arrival = {Needs.NOTHING: 0, Needs.TARGET: 0, Needs.ERROR: forward[-1] + sum(delays[cell:]), Needs.ABOVE: 0}
+        error += delays[cell] if cell < count - 1 else 0
+        arrival = {Needs.NOTHING: 0, Needs.TARGET: 0, Needs.ERROR: error, Needs.ABOVE: 0}
         if cell < count - 1:
             arrival[Needs.ABOVE] = learn[cell + 1] + delays[cell]
         learn[cell] = max(forward[cell], arrival[needs[cell]])
