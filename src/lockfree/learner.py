@@ -465,7 +465,7 @@ def convert(
     blocks: int | Sequence[str] | None = None,
     example_input: Values | None = None,
     schedule: str = "lockstep",
-    executor: str = "sequential",
+    executor: str | Executor = "sequential",
     links: Link | Sequence[Link] | None = None,
     auxiliary_optimizer: OptimizerFactory | None = None,
     recompute: bool = False,
@@ -486,7 +486,7 @@ def convert(
             begins at each of these modules.
         example_input: A small batch, such as ``x[:2]``; needed by rules with auxiliary networks and for a number of blocks.
         schedule: ``"lockstep"`` or ``"pipelined"``.
-        executor: ``"sequential"``.
+        executor: ``"sequential"``, or an `Executor` of your own.
         links: One `Link` for all borders, or a list bottom to top; direct ones if left out.
         auxiliary_optimizer: Like ``optimizer``, for the auxiliary networks; the rule's own choice if left out.
         recompute: Whether each block runs again, part by part, when it learns, instead of keeping its activations (gradient
@@ -553,7 +553,8 @@ def convert(
     changes = Update(stepping, every=accumulate, clip_norm=clip_norm)
     beside = None if helper is None else Update(helper, every=accumulate)
     assembly = Assembly(cells, all_links, phases[0].schedule, objective, changes, beside, at_once)
-    return Learner(chain, rule, phases, choose(EXECUTORS, executor, "executor")(), assembly, same)
+    runs = executor if isinstance(executor, Executor) else choose(EXECUTORS, executor, "executor")()
+    return Learner(chain, rule, phases, runs, assembly, same)
 
 
 _AT_ONCE = {"tick": False, "block": True}

@@ -171,12 +171,17 @@ class Costs:
         """
         steps = [after - before for before, after in itertools.pairwise([0, *workers])]
         if len(workers) != self.cells or set(steps) - {0, 1} or workers[0] != 0:
-            raise ValueError(f"workers {list(workers)}: give one for each of {self.cells} cells, 0 first, each the same or the next")
+            raise ValueError(
+                f"workers {list(workers)}: give one for each of {self.cells} cells, 0 first, each the same or the next"
+            )
         groups = [[cell for cell, _ in group] for _, group in itertools.groupby(enumerate(workers), key=lambda pair: pair[1])]
         lists = {name: tuple(math.fsum(getattr(self, name)[cell] for cell in group) for group in groups) for name in _LISTS}
         lists["up_bytes"] = tuple(self.up_bytes[group[-1]] for group in groups)
         lists["down_bytes"] = tuple(self.down_bytes[group[0]] for group in groups)
         return dataclasses.replace(self, **lists)
 
+
+DIRECT = Transport()
+"""A link that takes no time."""
 
 _LISTS = ("forward", "learn", "auxiliary", "inputs", "up_bytes", "down_bytes", "activation_bytes", "parameter_bytes")

@@ -3,11 +3,10 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-from lockfree import rules
 from lockfree.rule import Needs, Place, Rule
 from lockfree.rules import Backprop
 from lockfree.schedule import Action, Kind, Schedule, lockstep, pipelined
-from lockfree.simulate.costs import Costs, Transport
+from lockfree.simulate.costs import DIRECT, Costs, Transport
 from lockfree.simulate.plan import Plan, Step, connect
 
 # ---- what a schedule says ----------------------------------------------------------------------------------------------------
@@ -17,7 +16,7 @@ def from_schedule(
     schedule: Schedule,
     costs: Costs,
     *,
-    transport: Transport = Transport(),
+    transport: Transport = DIRECT,
     workers: Sequence[int] | None = None,
     method: str | None = None,
 ) -> Plan:
@@ -108,7 +107,7 @@ def schedule_of(rule: Rule, cells: int, *, delay: int = 0) -> Schedule:
     )
 
 
-def delayed_backprop(costs: Costs, *, transport: Transport = Transport(), workers: Sequence[int] | None = None) -> Plan:
+def delayed_backprop(costs: Costs, *, transport: Transport = DIRECT, workers: Sequence[int] | None = None) -> Plan:
     """Delayed backpropagation (DDG): backpropagation on links that bring a message one batch late.
 
     In iteration t cell k of K runs forward on batch t and learns on batch t - (K - 1 - k), so it keeps K - k graphs, and, for
@@ -135,9 +134,7 @@ def delayed_backprop(costs: Costs, *, transport: Transport = Transport(), worker
 # ---- synchronous pipelines ---------------------------------------------------------------------------------------------------
 
 
-def gpipe(
-    costs: Costs, *, microbatches: int, transport: Transport = Transport(), workers: Sequence[int] | None = None
-) -> Plan:
+def gpipe(costs: Costs, *, microbatches: int, transport: Transport = DIRECT, workers: Sequence[int] | None = None) -> Plan:
     """GPipe: every stage runs forward on all microbatches, then backward on all of them, last one first; then it updates.
 
     Args:
@@ -166,7 +163,7 @@ def gpipe(
 
 
 def one_forward_one_backward(
-    costs: Costs, *, microbatches: int, transport: Transport = Transport(), workers: Sequence[int] | None = None
+    costs: Costs, *, microbatches: int, transport: Transport = DIRECT, workers: Sequence[int] | None = None
 ) -> Plan:
     """1F1B with a flush: stage k of K runs forward K - 1 - k times, then forward and backward in turn; then it updates.
 
@@ -251,4 +248,3 @@ def _in_turn(queues: Sequence[Sequence[tuple[Kind, int]]]) -> Iterable[tuple[int
 
 
 _MOST_EVENTS = 500_000
-

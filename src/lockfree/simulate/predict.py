@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +11,7 @@ from lockfree import rules
 from lockfree.choose import choose
 from lockfree.rules import RULES
 from lockfree.schedule import Kind
-from lockfree.simulate.costs import Costs, Transport
+from lockfree.simulate.costs import DIRECT, Costs, Transport
 from lockfree.simulate.pipelines import delayed_backprop, from_schedule, gpipe, one_forward_one_backward, schedule_of
 from lockfree.simulate.plan import TRANSFER, Event, Plan
 from lockfree.simulate.steady import steady_state
@@ -81,7 +81,7 @@ def predict(plan: Plan, *, plain_step: float | None = None) -> Prediction:
     if not period > 0:
         raise ValueError("nothing takes any time: give seconds above 0")
     cells = _cells(plan)
-    busy = _by_stage(plan, [cell.busy for cell in cells], sum)
+    busy = _by_stage(plan, [cell.busy for cell in cells], math.fsum)
     return Prediction(
         method=plan.method,
         stages=plan.stages,
@@ -90,9 +90,9 @@ def predict(plan: Plan, *, plain_step: float | None = None) -> Prediction:
         speedup=(costs.plain_step if plain_step is None else plain_step) / period,
         busy=busy,
         in_flight=_by_stage(plan, [cell.in_flight for cell in cells], max),
-        activation_bytes=_by_stage(plan, [cell.held for cell in cells], sum),
+        activation_bytes=_by_stage(plan, [cell.held for cell in cells], math.fsum),
         stash_bytes=_by_stage(
-            plan, [cell.staleness * size for cell, size in zip(cells, costs.parameter_bytes, strict=True)], sum
+            plan, [cell.staleness * size for cell, size in zip(cells, costs.parameter_bytes, strict=True)], math.fsum
         ),
         staleness=_by_stage(plan, [cell.staleness for cell in cells], max),
         auxiliary_staleness=_by_stage(plan, [cell.auxiliary_staleness for cell in cells], max),
@@ -154,7 +154,7 @@ class Setting:
         workers: The worker of each cell; one each if left out.
     """
 
-    transport: Transport = Transport()
+    transport: Transport = DIRECT
     microbatches: int = 8
     delay: int = 0
     workers: Sequence[int] | None = None
@@ -178,24 +178,24 @@ def _rule(name: str, costs: Costs, setting: Setting) -> Plan:
     return from_schedule(schedule, costs, transport=setting.transport, workers=setting.workers, method=name)
 
 
-PIPELINES: Mapping[str, Callable[[Costs, Setting], Plan]] = {
+PIPELINES: dict[str, Callable[[Costs, Setting], Plan]] = {
     "gpipe": _gpipe,
     "1f1b": _one_forward_one_backward,
     "ddg": _delayed_backprop,
 }
 """What backpropagation can be run as beside its own schedule, by command-line name."""
 
-METHODS: Mapping[str, Callable[[Costs, Setting], Plan]] = PIPELINES | {name: partial(_rule, name) for name in RULES}
+METHODS: dict[str, Callable[[Costs, Setting], Plan]] = {**PIPELINES, **{name: partial(_rule, name) for name in RULES}}
 """Everything that can be simulated, by command-line name: pipelines of backpropagation, and every rule."""
 
 
-def plan_for(method: str, costs: Costs, setting: Setting = Setting()) -> Plan:
+def plan_for(method: str, costs: Costs, setting: Setting | None = None) -> Plan:
     """Returns the plan of a method by its command-line name.
 
     Args:
         method: One of `METHODS`: "gpipe", "1f1b", "ddg", or a rule.
         costs: What a batch costs each cell.
-        setting: What else the method may be told.
+        setting: What else the method may be told; its defaults if left out.
 
     Raises:
         ValueError: If there is no such method, or what it is told is out of range.
@@ -204,14 +204,14 @@ def plan_for(method: str, costs: Costs, setting: Setting = Setting()) -> Plan:
         >>> plan_for("dni", Costs.equal(3, forward=1.0, learn=2.0, auxiliary=1.0)).method
         'dni'
     """
-    return choose(METHODS, method, "method")(costs, setting)
+    return choose(METHODS, method, "method")(costs, setting or Setting())
 
 
 def simulate(
     method: str,
     costs: Costs,
     *,
-    transport: Transport = Transport(),
+    transport: Transport = DIRECT,
     microbatches: int = 8,
     delay: int = 0,
     workers: Sequence[int] | None = None,

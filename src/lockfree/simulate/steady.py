@@ -88,7 +88,8 @@ def steady_state(plan: Plan) -> Steady:
             starts, cycles = _follow(chosen, edges, period)
         weights = edges.seconds - period * edges.lag
         # Up and down, so that the news of a long way runs through the whole chain of cells whichever way it is listed.
-        changed = any([_sweep(order, chosen, starts, edges, weights, tolerance) for order in (up, down)])
+        changed = _sweep(up, chosen, starts, edges, weights, tolerance)
+        changed |= _sweep(down, chosen, starts, edges, weights, tolerance)
     return Steady(float(period), starts)
 
 
@@ -130,7 +131,7 @@ def _two_periods(edges: Edges, count: int) -> Int[np.ndarray, "events"]:
 def _sweep(
     order: Iterable[int],
     chosen: Int[np.ndarray, "events"],
-    starts: Float[np.ndarray, "events"],
+    starts: Float[np.ndarray, "starts"],
     edges: Edges,
     weights: Float[np.ndarray, "edges"],
     tolerance: float,
@@ -156,7 +157,9 @@ def _sweep(
     return changed
 
 
-def _follow(chosen: Int[np.ndarray, "events"], edges: Edges, period: float) -> tuple[Float[np.ndarray, "events"], Int[np.ndarray, "cycles"]]:
+def _follow(
+    chosen: Int[np.ndarray, "events"], edges: Edges, period: float
+) -> tuple[Float[np.ndarray, "events"], Int[np.ndarray, "cycles"]]:
     """Follows each event's chosen edges back to their end.
 
     Returns:
