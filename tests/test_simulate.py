@@ -262,7 +262,7 @@ def test_a_window_of_the_timeline_is_as_idle_as_predicted(method):
 
 @pytest.mark.parametrize("method", ["backprop", "ddg", "dni", "pred"])
 def test_thousands_of_stages(method):
-    stages = 2_000
+    stages = 1_000
     costs = Costs.equal(stages, **EQUAL, auxiliary=1.0 * (method == "dni"))
     found = simulate(method, costs)
     expected = {"backprop": 3 * stages, "ddg": 3, "dni": 4, "pred": 3}[method]

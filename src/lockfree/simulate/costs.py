@@ -25,8 +25,8 @@ class Transport:
         ValueError: If a number is out of range.
 
     Example:
-        >>> Transport(latency=1e-4, bandwidth=1e9).seconds(500_000)
-        0.0006
+        >>> Transport(latency=0.5, bandwidth=100.0).seconds(25)
+        0.75
 
     Reference:
         Hockney 1994, "The communication challenge for MPP", Parallel Computing 20.

@@ -44,12 +44,13 @@ def settled_spans(plan: Plan, steady: Steady, *, until: float, lanes: Sequence[i
         if event.on not in shown or event.seconds == 0:
             continue
         begin = float(steady.starts[number] - steady.starts[first])
-        period = math.floor(-(begin + event.seconds) / steady.period) + 1  # the first that ends after the window begins
+        # The first that ends after the window begins, by more than rounding.
+        period = math.floor(-(begin + event.seconds) / steady.period + 1e-9) + 1
         while begin + period * steady.period < until:
             start = begin + period * steady.period
             batch = (period - event.late) * plan.parts + event.part
             assert isinstance(event.on, int)
-            spans.append(Span(event.on, event.kind, batch, max(start, 0.0), min(start + event.seconds, until)))
+            spans.append(Span(event.on, str(event.kind), batch, max(start, 0.0), min(start + event.seconds, until)))
             period += 1
     least = min((span.batch for span in spans), default=0)
     return [span._replace(batch=span.batch - least) for span in spans]

@@ -105,7 +105,7 @@ def measure(
         >>> sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
         >>> costs = measure(model, lf.rules.get("dni"), x, y, loss=nn.functional.cross_entropy, optimizer=sgd, rounds=2)
         >>> costs.cells, costs.up_bytes[0], costs.auxiliary[0] > 0
-        (3, 512.0, True)
+        (2, 512.0, True)
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: time 1 batch or more")

@@ -88,6 +88,7 @@ def schedule_of(rule: Rule, cells: int, *, delay: int = 0) -> Schedule:
         ValueError: If the delay is negative.
 
     Example:
+        >>> from lockfree import rules
         >>> schedule_of(rules.get("dni"), 3).name, schedule_of(rules.get("backprop"), 3).name
         ('pipelined', 'lockstep')
     """

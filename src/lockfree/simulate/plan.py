@@ -148,4 +148,4 @@ def play(plan: Plan, batches: int) -> Iterator[Span]:
             start = max([free[event.on], *(ended[other, batch] + delay for other, delay in event.after)])
             free[event.on] = ended[number, batch] = start + event.seconds
             if isinstance(event.on, int):
-                yield Span(event.on, event.kind, batch * plan.parts + event.part, start, start + event.seconds)
+                yield Span(event.on, str(event.kind), batch * plan.parts + event.part, start, start + event.seconds)
