@@ -25,7 +25,7 @@ class Transport:
         ValueError: If a number is out of range.
 
     Example:
-        >>> Transport(latency=0.5, bandwidth=100.0).seconds(25)
+        >>> Transport(latency=0.5, bandwidth=100.0).seconds(25.0)
         0.75
 
     Reference:

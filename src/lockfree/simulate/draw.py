@@ -87,7 +87,9 @@ def draw(folder: Path, plans: Sequence[Plan], predictions: Sequence[Prediction])
             spans = settled_spans(plan, steady_state(plan), until=until, lanes=mine)
             kinds |= {span.kind for span in spans}
             _panel(axis, spans, mine, every, until, scale, height)
-            idle = f"idle {100 * prediction.bubble:.1f} %, a batch every {prediction.period / scale:.4g} {unit}"
+            every_so_long = prediction.period / scale
+            written = f"{every_so_long:,.0f}" if every_so_long >= 1000 else f"{every_so_long:.4g}"
+            idle = f"idle {100 * prediction.bubble:.1f} %, a batch every {written} {unit}"
             axis.set_title(plan.method, loc="left", fontweight="bold", color=_INK)
             axis.set_title(idle, loc="right", fontsize=9, color=_MUTED)
         axes[-1].set_xlabel(f"{unit}, from a new batch at stage 0 on, once everything has settled", color=_MUTED)
