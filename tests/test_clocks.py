@@ -502,11 +502,11 @@ def kept_calls(learner):
 @pytest.mark.parametrize(
     ("fields", "schedule"),
     [
-        pytest.param({}, LATE, id="plain"),
+        pytest.param(HIDDEN, LATE, id="plain"),
         pytest.param({"update_probability": 0.5, "mix": 0.5}, LATE, id="sparse mix"),
         pytest.param({"block_every": 2, "mix": 0.5}, PIPELINED_LATE, id="clocked mix"),
-        pytest.param({"update_probability": 0.5}, LATE, id="sparse"),
-        pytest.param({"synthesiser_every": 2}, PIPELINED, id="clocked"),
+        pytest.param({"update_probability": 0.5, **HIDDEN}, LATE, id="sparse"),
+        pytest.param({"synthesiser_every": 2, **HIDDEN}, PIPELINED, id="clocked"),
         pytest.param({"synthesiser_every": 2, "borders": (1,), **UNLOCKED}, PIPELINED_LATE, id="inputs"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line: `lockfree train`, `compare`, `advise`, `rules`, `cite`, `data`, `bench`, `reproduce`."""
+"""The command line: `lockfree train`, `compare`, `advise`, `rules`, `cite`, `data`, `bench`, `reproduce`, `simulate`."""
 
 import contextlib
 import io
@@ -37,6 +37,7 @@ from lockfree.experiment import (
 from lockfree.rule import LOCKS, Place, locks
 from lockfree.rules import RULES, get
 from lockfree.run import Run
+from lockfree.simulate.command import Simulate
 from lockfree.sinks import TensorBoard
 
 
@@ -96,6 +97,7 @@ def _commands() -> dict[str, type[Command]]:
         "data": Data,
         "bench": Bench,
         "reproduce": Reproduce,
+        "simulate": Simulate,
     }
 
 

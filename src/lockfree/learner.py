@@ -21,7 +21,7 @@ from lockfree.link import Link, links_between
 from lockfree.objective import Loss, Objective, describe
 from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.rule import LOCKS, Needs, Place, Rule, Site, Trained, locks
-from lockfree.schedule import SCHEDULES, Kind, Schedule
+from lockfree.schedule import SCHEDULES, Kind, Schedule, schedule_of
 from lockfree.update import Update
 from lockfree.values import Values, batch_size, carrying, detach, tensors
 
@@ -469,7 +469,7 @@ def convert(
     blocks: int | Sequence[str] | None = None,
     example_input: Values | None = None,
     schedule: str = "lockstep",
-    executor: str = "sequential",
+    executor: str | Executor = "sequential",
     links: Link | Sequence[Link] | None = None,
     auxiliary_optimizer: OptimizerFactory | None = None,
     recompute: bool = False,
@@ -490,8 +490,8 @@ def convert(
             begins at each of these modules.
         example_input: A small batch, such as ``x[:2]``; needed by rules with auxiliary networks and for a number of blocks.
         schedule: ``"lockstep"`` or ``"pipelined"``.
-        executor: ``"sequential"``, one block after the other; or ``"stacked"``, which runs neighbouring blocks of equal structure as
-            one batched operation and needs the pipelined schedule.
+        executor: ``"sequential"``, one block after the other; ``"stacked"``, which runs neighbouring blocks of equal structure as one
+            batched operation and needs the pipelined schedule; or an `Executor` of your own.
         links: One `Link` for all borders, or a list bottom to top; direct ones if left out.
         auxiliary_optimizer: Like ``optimizer``, for the auxiliary networks; the rule's own choice if left out.
         recompute: Whether each block runs again, part by part, when it learns, instead of keeping its activations (gradient
@@ -536,7 +536,10 @@ def convert(
     if not trained:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: there is nothing to train")
     all_links = links_between(len(chain), links)
-    phases = [Phase(start, one, _plan(one, len(chain), schedule, all_links)) for start, one in rule.phases()]
+    make_schedule = choose(SCHEDULES, schedule, "schedule")
+    phases = [
+        Phase(start, one, schedule_of(one, make_schedule, [link.delay for link in all_links])) for start, one in rule.phases()
+    ]
     if recompute and any(type(phase.rule).run is not Rule.run for phase in phases):
         raise ValueError(f"{rule.title} runs blocks in a way of its own, which recompute would not repeat: leave recompute out")
     objective = Objective(loss)
@@ -558,7 +561,7 @@ def convert(
     changes = Update(stepping, every=accumulate, clip_norm=clip_norm)
     beside = None if helper is None else Update(helper, every=accumulate)
     assembly = Assembly(cells, all_links, phases[0].schedule, objective, changes, beside, at_once)
-    running = choose(EXECUTORS, executor, "executor")()
+    running = executor if isinstance(executor, Executor) else choose(EXECUTORS, executor, "executor")()
     running.check(assembly)
     return Learner(chain, rule, phases, running, assembly, same)
 
@@ -578,20 +581,6 @@ def _refuse_what_lasts(cells: Sequence[Cell], accumulate: int) -> None:
                     f"blocks {owners[id(parameter)]} and {cell.place.index} share a parameter, whose gradients must be summed before it "
                     'changes: leave out update="block"'
                 )
-
-
-def _plan(rule: Rule, cells: int, schedule: str, all_links: Sequence[Link]) -> Schedule:
-    """Derives the schedule from what the rule needs at each place, and when it learns there."""
-    places = [Place(index, cells) for index in range(cells)]
-    make = choose(SCHEDULES, schedule, "schedule")
-    return make(
-        tuple(rule.needs(place) for place in places),
-        tuple(rule.auxiliary_needs(place) for place in places),
-        tuple(link.delay for link in all_links),
-        synthetic=tuple(rule.synthesises_inputs(place) for place in places),
-        clock=rule.clock(cells),
-        losses=rule.wants_sample_losses(),
-    )
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

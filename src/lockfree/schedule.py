@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import cached_property, partial
 from typing import NamedTuple, overload
 
-from lockfree.rule import Clock, Needs, Pace
+from lockfree.rule import Clock, Needs, Pace, Place, Rule
 
 
 class Kind(StrEnum):
@@ -87,7 +87,10 @@ class Schedule:
 
     @cached_property
     def _all_kinds(self) -> list[frozenset[Kind]]:
-        return [frozenset(kind for i, kind in self._offset if i == cell) for cell in range(self.cells)]
+        kinds: list[set[Kind]] = [set() for _ in range(self.cells)]
+        for cell, kind in self._offset:
+            kinds[cell].add(kind)
+        return list(map(frozenset, kinds))
 
     @cached_property
     def _orders(self) -> dict[tuple[int, int], list[tuple[int, Kind, int]]]:
@@ -226,18 +229,23 @@ class Schedule:
             others = unclocked.waits_for(Action(cell, kind, shift))
             return not any(wait in pending for wait in [(cell, _BEFORE[kind], shift), *others])
 
-        def emit(cell: int, kind: Kind) -> None:
-            shift = -self._offset.get((cell, kind), self.depth + 1)
-            if (cell, kind, shift) in pending and (kind is Kind.FORWARD or ready(cell, kind, shift)):
+        def emit(cell: int, kind: Kind) -> bool:
+            shift = -self._offset.get((cell, kind), never)
+            possible = (cell, kind, shift) in pending and (kind is Kind.FORWARD or ready(cell, kind, shift))
+            if possible:
                 pending.remove((cell, kind, shift))
                 order.append((cell, kind, shift))
+            return possible
 
+        never = self.depth + 1
         for cell in range(self.cells):
             emit(cell, Kind.FORWARD)
             emit(cell, Kind.INPUT)
             for below in range(cell, -1, -1):
-                emit(below, Kind.LEARN)
-                emit(below, Kind.AUXILIARY)
+                emitted = [emit(below, Kind.LEARN), emit(below, Kind.AUXILIARY)]
+                # Further down waits for the next cell or for the top one; so a long chain takes no square of its length.
+                if below < cell < self.cells - 1 and not any(emitted):
+                    break
         assert not pending, f"actions that wait for each other: {pending}"
         return order
 
@@ -314,8 +322,10 @@ def _offsets(
         forward[cell] = 0 if synthetic and synthetic[cell] else forward[cell - 1] + hop
     learn = list(forward)
     offsets: dict[tuple[int, Kind], int] = {}
+    error = forward[-1]
     for cell in range(count - 1, -1, -1):
-        arrival = {Needs.NOTHING: 0, Needs.TARGET: 0, Needs.ERROR: forward[-1] + sum(delays[cell:]), Needs.ABOVE: 0}
+        error += delays[cell] if cell < count - 1 else 0
+        arrival = {Needs.NOTHING: 0, Needs.TARGET: 0, Needs.ERROR: error, Needs.ABOVE: 0}
         if cell < count - 1:
             arrival[Needs.ABOVE] = learn[cell + 1] + delays[cell]
         learn[cell] = max(forward[cell], arrival[needs[cell]])
@@ -369,3 +379,31 @@ def pipelined(
 
 SCHEDULES = {"lockstep": lockstep, "pipelined": pipelined}
 """Every schedule by the name that `lockfree.convert` takes."""
+
+
+def schedule_of(rule: Rule, make: Callable[..., Schedule], delays: Sequence[int]) -> Schedule:
+    """Derives a schedule from what a rule needs at each place.
+
+    Args:
+        rule: How blocks get their credit; one phase of it.
+        make: `lockstep` or `pipelined`.
+        delays: One for each link, bottom to top.
+
+    Raises:
+        ValueError: If the rule's blocks would have to wait where nobody may.
+
+    Example:
+        >>> from lockfree import rules
+        >>> " ".join(map(str, schedule_of(rules.get("backprop"), lockstep, [0]).actions(1)))
+        '0F0 1F0 1L0 0L0'
+    """
+    cells = len(delays) + 1
+    places = [Place(index, cells) for index in range(cells)]
+    return make(
+        tuple(rule.needs(place) for place in places),
+        tuple(rule.auxiliary_needs(place) for place in places),
+        tuple(delays),
+        synthetic=tuple(rule.synthesises_inputs(place) for place in places),
+        clock=rule.clock(cells),
+        losses=rule.wants_sample_losses(),
+    )
