@@ -1,4 +1,7 @@
-"""Whether the stacked executor learns what the sequential one learns: Fashion-MNIST, a deep chain of equal blocks, 3 seeds."""
+"""Whether the stacked executor learns what the sequential one learns: Fashion-MNIST, chains of equal blocks, 3 seeds.
+
+Synthetic gradients get a shorter chain and a lower rate: a long one without normalisation hardly learns under them.
+"""
 
 import json
 import statistics
@@ -11,27 +14,29 @@ from torch.nn import functional as F
 
 import lockfree as lf
 
-UNITS, BLOCKS, EPOCHS, SEEDS = 128, 8, 3, (0, 1, 2)
-RULES = {"cdni": lf.rules.SyntheticGradients(conditioned=True), "pred": lf.rules.get("pred")}
+UNITS, EPOCHS, SEEDS = 128, 3, (0, 1, 2)
+CHAINS = {"cdni": (4, 3e-4), "pred": (8, 1e-3)}
+"""By rule: number of blocks between the first and the last, and the learning rate."""
 
 
-def network(seed: int) -> nn.Module:
+def network(blocks: int, seed: int) -> nn.Module:
     """Makes the chain."""
     torch.manual_seed(seed)
     below = nn.Sequential(nn.Flatten(), nn.Linear(784, UNITS), nn.ReLU())
     return nn.Sequential(
-        below, *(nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU()) for _ in range(BLOCKS)), nn.Linear(UNITS, 10)
+        below, *(nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU()) for _ in range(blocks)), nn.Linear(UNITS, 10)
     )
 
 
-def trained(rule: lf.Rule, executor: str, seed: int) -> tuple[float, float]:
+def trained(rule: str, executor: str, seed: int) -> tuple[float, float]:
     """Trains it; returns test accuracy and seconds."""
+    blocks, rate = CHAINS[rule]
     dataset = lf.data.load("fashion-mnist")
     learner = lf.convert(
-        network(seed),
+        network(blocks, seed),
         rule,
         loss=F.cross_entropy,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=rate),
         example_input=dataset.train.inputs[:2],
         schedule="pipelined",
         executor=executor,
@@ -47,9 +52,9 @@ def trained(rule: lf.Rule, executor: str, seed: int) -> tuple[float, float]:
 def main() -> None:
     """Prints accuracies and times as JSON."""
     found = {}
-    for name, rule in RULES.items():
+    for name in CHAINS:
         for executor in ("sequential", "stacked"):
-            runs = [trained(rule, executor, seed) for seed in SEEDS]
+            runs = [trained(name, executor, seed) for seed in SEEDS]
             accuracies = [100 * accuracy for accuracy, _ in runs]
             found[f"{name}_{executor}"] = {
                 "test_accuracy": accuracies,

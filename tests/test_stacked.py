@@ -436,6 +436,27 @@ def test_only_blocks_that_compute_alike_are_stacked():
     close(*learners)
 
 
+def test_nothing_to_stack_is_said_once(caplog):
+    made = (
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.GELU()), nn.GELU(), nn.Linear(8, 7), nn.GELU(), Top()),
+        (6,),
+    )
+    learners = [learner(made, "pred", one) for one in ("sequential", "stacked")]
+    for x, y in batches(8):
+        step_both(learners, x, y)
+    assert [record.message[:16] for record in caplog.records] == ["nothing to stack"]
+    assert learners[1]._executor._plan is None
+
+
+class Top(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(7, CLASSES)
+
+    def forward(self, x):
+        return self.read(x).neg()
+
+
 def test_anatomy():
     assert anatomy(Residual()) == anatomy(Residual())
     assert anatomy(dense(nn.ReLU)()) != anatomy(dense(nn.Tanh)())

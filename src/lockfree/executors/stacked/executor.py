@@ -1,6 +1,7 @@
 """The executor that runs blocks of equal structure as one."""
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.executors.sequential import Sequential, act
 from lockfree.executors.stacked.alike import anatomy, held_alone
 from lockfree.executors.stacked.blocks import AffineBlocks, BlockStack, ModuleBlocks, affine
-from lockfree.executors.stacked.credit import Credits, FromLoss, OneByOne, credits_for
+from lockfree.executors.stacked.credit import Credits, OneByOne, credits_for
 from lockfree.executors.stacked.stack import Stack
 from lockfree.executors.stacked.update import StackedUpdate, stacked_update
 from lockfree.flight import Flight
@@ -22,6 +23,9 @@ from lockfree.link import Link
 from lockfree.rule import Rule
 from lockfree.schedule import Action, Kind, Tick
 from lockfree.values import Values, tensors
+
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -66,6 +70,7 @@ class Stacked(Executor):
         self._reference = Sequential()
         self._plan: _Plan | None = None
         self._tick = -1  # the last one that ran
+        self._in_vain: Any = None  # shape of batches with which nothing could be stacked
 
     def check(self, assembly: Assembly) -> None:
         """Refuses schedules under which no two blocks can work at the same time.
@@ -109,11 +114,19 @@ class Stacked(Executor):
         if self._plan is not None and self._plan.holds and shape == self._plan.shape:
             return self._plan
         self.settle(assembly)
-        if any(_shape(flight.inputs) != shape for flight in assembly.flights.values()):
+        if shape == self._in_vain or any(_shape(flight.inputs) != shape for flight in assembly.flights.values()):
             return None
-        self._plan = _make_plan(assembly, tick)
+        stacks = list(_stacks(assembly, tick))
+        if not stacks:
+            self._in_vain = shape
+            _logger.warning(
+                "nothing to stack, so blocks run one by one: no neighbours have equal structure, learn as soon as they have run "
+                "(needs TARGET at most), draw no random numbers and share no weights"
+            )
+            return None
+        self._plan = _plan_for(stacks, assembly, tick)
         if self._plan is not None:
-            for stack in self._plan.stacks:
+            for stack in stacks:
                 stack.enter(tick)
         return self._plan
 
@@ -130,7 +143,7 @@ class Stacked(Executor):
 
     def forget(self) -> None:
         """Forgets what the stacks keep."""
-        self._plan = None
+        self._plan = self._in_vain = None
 
     def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
         """Lets one cell learn alone, as the reference does."""
@@ -168,11 +181,8 @@ def _run(assembly: Assembly, plan: _Plan, tick: int) -> Outcome:
 # ---- what can run as one -----------------------------------------------------------------------------------------------------
 
 
-def _make_plan(assembly: Assembly, tick: int) -> _Plan | None:
-    """Finds the runs of cells that can go as one; ``None`` if there are none."""
-    stacks = list(_stacks(assembly, tick))
-    if not stacks:
-        return None
+def _plan_for(stacks: list[Stack], assembly: Assembly, tick: int) -> _Plan | None:
+    """Says who runs where; ``None`` if an optimizer has yet to take the first step for some parameter."""
     inside = {cell.place.index for stack in stacks for cell in stack.cells}
     listed = [
         (action.cell, action.kind, action.batch - tick) for action in Tick(assembly.schedule, tick, -assembly.schedule.depth, 0)
@@ -244,14 +254,10 @@ def _blocks(cells: Sequence[Cell], credits: Credits, inputs: Sequence[Tensor]) -
     found = [affine(body) for body in bodies]
     layers = [one for one in found if one is not None]
     by_hand = len(layers) == len(cells) and all(layer.weight.dtype == inputs[0].dtype for layer, _ in layers)
-    if by_hand and (len(cells) == 1 or layers[0][0].in_features == layers[0][0].out_features):
-        return (
-            None
-            if isinstance(credits, OneByOne) and len(cells) == 1
-            else AffineBlocks([layer for layer, _ in layers], layers[0][1])
-        )
-    if len(cells) == 1 or isinstance(credits, FromLoss):
+    if len(cells) == 1 and (not by_hand or isinstance(credits, OneByOne)):
         return None
+    if by_hand:
+        return AffineBlocks([layer for layer, _ in layers], layers[0][1])
     blocks = ModuleBlocks(bodies)
     return blocks if blocks.agrees(bodies, torch.stack([value.detach() for value in inputs])) else None
 
