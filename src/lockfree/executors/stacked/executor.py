@@ -24,7 +24,6 @@ from lockfree.rule import Rule
 from lockfree.schedule import Action, Kind, Tick
 from lockfree.values import Values, tensors
 
-
 _logger = logging.getLogger(__name__)
 
 
