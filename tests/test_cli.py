@@ -263,6 +263,11 @@ WRONG = {
     "too many blocks": (["train", *DIGITS, "--blocks", "99"], "into at most 7 blocks with weights, asked for 99"),
     "model too large": (["train", *DIGITS, "--model", "vgg8b"], "expected inputs of 16x16 or larger, got 8x8"),
     "pipelined backprop": (["train", *DIGITS, "--schedule", "pipelined"], "cannot serve block 0, which needs ABOVE"),
+    "unknown executor": (["train", *DIGITS, "--executor", "stack"], "unknown executor 'stack': did you mean 'stacked'"),
+    "stacked lockstep": (
+        ["train", *DIGITS, "--executor", "stacked"],
+        r"one below makes \(the forward lock\); use schedule=",
+    ),
     "last batch of one": (["train", *DIGITS, "--batch-size", "1436"], "one sample cannot be normalised by BatchNorm"),
     "unknown device": (["train", *DIGITS, "--device", "gpu"], "gpu"),
     "absent device": (["train", *DIGITS, "--device", "cuda:77"], "cuda"),

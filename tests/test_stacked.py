@@ -1,6 +1,7 @@
 """The stacked executor: blocks of equal structure go as one, and every number is that of the sequential reference."""
 
 import copy
+import json
 import math
 
 import cases
@@ -10,6 +11,7 @@ from cases import RULES, SCHEDULES, assert_same
 from torch import nn
 
 import lockfree as lf
+from lockfree.cli import main
 from lockfree.executors import Stacked
 from lockfree.executors.stacked.alike import anatomy
 from lockfree.executors.stacked.blocks import AffineBlocks, ModuleBlocks, affine
@@ -495,3 +497,13 @@ def test_what_is_not_finite_ends_training_and_nothing_has_changed(where):
 
 def test_it_is_one_of_the_executors():
     assert isinstance(pair()[1]._executor, Stacked)
+
+
+def test_the_command_line_stacks(tmp_path, capsys):
+    settings = ["--data", "digits", "--rule", "pred", "--epochs", "1", "--schedule", "pipelined", "--json"]
+    found = []
+    for executor in ("sequential", "stacked"):
+        assert main(["train", *settings, "--executor", executor, "--out", str(tmp_path / executor)]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert found[0]["test_loss"] == pytest.approx(found[1]["test_loss"], rel=1e-3)
+    assert json.loads((tmp_path / "stacked" / "config.json").read_text())["executor"] == "stacked"
