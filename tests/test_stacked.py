@@ -232,13 +232,15 @@ def test_every_optimizer_steps_as_it_does_by_itself(tower, name):
     close(*learners)
 
 
-def test_a_hooked_optimizer_takes_its_own_steps():
-    counts = []
-    for one in (learners := pair()):
-        one.optimizer.register_step_post_hook(lambda *_, one=one: counts.append(one))
-    for x, y in batches(9):
+@pytest.mark.parametrize("make", [sgd, cases.adam])
+@pytest.mark.parametrize("hooked_at", [0, 8])
+def test_a_hooked_optimizer_takes_its_own_steps(make, hooked_at):
+    counts, learners = [], pair(optimizer=make)
+    for index, (x, y) in enumerate(batches(12)):
+        for one in learners if index == hooked_at else ():
+            one.optimizer.register_step_post_hook(lambda *_, one=one: counts.append(one))
         step_both(learners, x, y)
-    assert counts.count(learners[0]) == counts.count(learners[1]) == 9
+    assert counts.count(learners[0]) == counts.count(learners[1]) == 12 - hooked_at
     assert type(plan_of(learners[1]).blocks) is ByGradients
     close(*learners)
 

@@ -37,13 +37,11 @@ class Credits(ABC):
         """Whether the auxiliary networks are still those that were stacked."""
         return True
 
-    def enter(self, assembly: Assembly, tick: int) -> None:
+    def enter(self, assembly: Assembly, tick: int) -> None:  # noqa: B027  (most keep nothing from tick to tick)
         """Takes over what the cells have in flight, before a tick."""
-        del assembly, tick
 
-    def leave(self, assembly: Assembly, tick: int) -> None:
+    def leave(self, assembly: Assembly, tick: int) -> None:  # noqa: B027
         """Gives back what the cells have in flight, after a tick."""
-        del assembly, tick
 
     @abstractmethod
     def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
@@ -64,9 +62,8 @@ class Credits(ABC):
         """
         return None
 
-    def descend(self, descent: Descent) -> None:
+    def descend(self, descent: Descent) -> None:  # noqa: B027  (who learns cell by cell leaves gradients where they belong)
         """Hands over the gradients of what learns here."""
-        del descent
 
 
 class Together(Credits):

@@ -34,7 +34,7 @@ class StackedUpdate(Descent):
 
     @property
     def holds(self) -> bool:
-        """Whether the optimizer's state is still the one that was stacked."""
+        """Whether the optimizer's state is still the one that was stacked, and its step the one that is taken here."""
         return True
 
     def finish(self, others: bool) -> None:
@@ -78,6 +78,10 @@ def _groups(optimizer: torch.optim.Optimizer, stacks: Sequence[ParameterStack]) 
     return [next(iter(groups.values())) for groups in found] if all(len(groups) == 1 for groups in found) else None
 
 
+_NOT_BY_SGD = ("nesterov", "maximize", "differentiable")
+_NOT_BY_ADAM = ("differentiable", "capturable")
+
+
 class BySGD(StackedUpdate):
     r"""`torch.optim.SGD`: $b \leftarrow \mu b + (1-d)(g + \lambda w)$, $w \leftarrow w - \eta b$; without momentum part of the product.
 
@@ -105,7 +109,7 @@ class BySGD(StackedUpdate):
         if type(optimizer) is not torch.optim.SGD or not update.plain:
             return False
         groups = _groups(optimizer, stacks)
-        return groups is not None and _plain(optimizer, groups, ("nesterov", "maximize", "differentiable"))
+        return groups is not None and _plain(optimizer, groups, _NOT_BY_SGD)
 
     @staticmethod
     def ready(update: Update, stacks: Sequence[ParameterStack]) -> bool:
@@ -116,9 +120,9 @@ class BySGD(StackedUpdate):
 
     @property
     def holds(self) -> bool:
-        return self._update.optimizer.state is self._state and all(
-            (id(stack) in self._momentum) == bool(self._group[id(stack)]["momentum"]) for stack in self._stacks
-        )
+        optimizer, groups = self._update.optimizer, list(self._group.values())
+        moving = all((id(stack) in self._momentum) == bool(self._group[id(stack)]["momentum"]) for stack in self._stacks)
+        return moving and optimizer.state is self._state and _plain(optimizer, groups, _NOT_BY_SGD)
 
     def follow(self, stack: ParameterStack, gradient: Tensor) -> None:
         group, momentum = self._group[id(stack)], self._momentum.get(id(stack))
@@ -183,7 +187,7 @@ class ByAdam(StackedUpdate):
         if type(optimizer) not in _FUSED or not update.plain:
             return False
         groups = _groups(optimizer, stacks)
-        if groups is None or not _plain(optimizer, groups, ("differentiable", "capturable")):
+        if groups is None or not _plain(optimizer, groups, _NOT_BY_ADAM):
             return False
         return all(stack.value.device.type == "cpu" and stack.value.dtype in _SERVED for stack in stacks)
 
@@ -193,7 +197,8 @@ class ByAdam(StackedUpdate):
 
     @property
     def holds(self) -> bool:
-        return self._update.optimizer.state is self._state
+        optimizer = self._update.optimizer
+        return optimizer.state is self._state and _plain(optimizer, [group for group, *_ in self._calls], _NOT_BY_ADAM)
 
     def follow(self, stack: ParameterStack, gradient: Tensor) -> None:
         self._gradients[id(stack)].copy_(gradient)
