@@ -19,7 +19,7 @@ from lockfree.executors import EXECUTORS, Assembly, Executor, Outcome
 from lockfree.flight import Flight
 from lockfree.link import Link, links_between
 from lockfree.objective import Loss, Objective, describe
-from lockfree.rng import get_rng, set_rng, undisturbed
+from lockfree.rng import Streams, get_rng, set_rng, undisturbed
 from lockfree.rule import LOCKS, Needs, Place, Rule, Site, Trained, locks
 from lockfree.schedule import SCHEDULES, Kind, Schedule, schedule_of
 from lockfree.update import Update
@@ -105,7 +105,7 @@ class Learner:
         self._enter(self._phase_of(self.steps))
         tick = self.steps
         fed = detach(self._phase.rule.feed(self._trained, x, y, tick))
-        self._assembly.flights[tick] = Flight(fed, y, self._phase.schedule.actions_of(tick))
+        self._assembly.enter(tick, fed, y)
         try:
             outcome = self._all_or_nothing(self._executor.run, self._phase.schedule.tick(tick, self._first, tick))
         except (RuntimeError, IndexError):
@@ -161,7 +161,8 @@ class Learner:
         """After an error nothing half-learnt stays: weights have not changed yet, and running statistics are put back."""
         self._undo.note()
         try:
-            return run(self._assembly, *what)
+            with self._assembly.apart():
+                return run(self._assembly, *what)
         except BaseException:
             self._clear()
             self._undo.restore()
@@ -331,6 +332,7 @@ class Learner:
             "links": [link.state_dict() for link in self._assembly.links],
             "flights": flights,
             "rng": get_rng(),
+            "streams": self._assembly.streams.seed,
         }
         return _snapshot(state)
 
@@ -362,9 +364,10 @@ class Learner:
         for link, saved in zip(self._assembly.links, flying["links"], strict=True):
             link.load_state_dict(saved)
         set_rng(state["rng"])
+        self._assembly.streams = Streams(state["streams"])
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        missing = {"of", "model", "optimizer", "updates", "cells", "links", "flights", "rng"} - set(state)
+        missing = {"of", "model", "optimizer", "updates", "cells", "links", "flights", "rng", "streams"} - set(state)
         if missing:
             raise ValueError(f"this is not a learner's state: it lacks {', '.join(sorted(missing))}")
         _same_tensors("model", state["model"], self.model.state_dict())

@@ -110,9 +110,26 @@ class Schedule:
         """Returns how many ticks after a batch's entry a cell does this to it; ``None``: it never does."""
         return self._offset.get((cell, kind))
 
-    def remaining(self, age: int) -> int:
-        """Returns the number of actions to come of a batch that entered so many ticks ago, once those of this tick are done."""
-        return sum(offset > age for offset in self._offset.values())
+    @property
+    def overlapping(self) -> bool:
+        """Whether a batch enters before the one before it is finished, so that blocks are at work on several at a time."""
+        return self.depth > 0
+
+    def remaining(self, batch: int, tick: int, cells: range | None = None) -> int:
+        """Returns the number of actions of a batch that are to come once those of a tick are done.
+
+        Args:
+            batch: Number of the batch.
+            tick: Number of the tick.
+            cells: Whose actions count; those of all cells if left out.
+        """
+        kinds = self._kinds(batch)
+        asked = range(self.cells) if cells is None else cells
+        return sum(
+            offset > tick - batch and (kind in kinds[cell] or (kind is Kind.LEARN and Kind.MESSAGE in kinds[cell]))
+            for (cell, kind), offset in self._offset.items()
+            if cell in asked
+        )
 
     def kinds(self, cell: int, batch: int) -> frozenset[Kind]:
         """Returns everything that a cell does on a batch."""
@@ -144,11 +161,11 @@ class Schedule:
             silence = not _KINDS_OF[pace]
         return kinds
 
-    def actions_of(self, batch: int) -> int:
-        """Returns the number of actions that a batch takes from entry to end."""
-        if self.clock is None:
+    def actions_of(self, batch: int, cells: range | None = None) -> int:
+        """Returns the number of actions that a batch takes from entry to end, those of some cells or of all."""
+        if self.clock is None and cells is None:
             return len(self._offset)
-        return sum(map(len, self._kinds(batch)))
+        return sum(map(len, self._kinds(batch) if cells is None else self._kinds(batch)[cells.start : cells.stop]))
 
     def tick(self, tick: int, first: int, last: int) -> "Tick":
         """Returns the actions of one tick in the order of the sequential reference.

@@ -2,16 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lockfree.cell import Cell
 from lockfree.flight import Flight
 from lockfree.link import Link
 from lockfree.objective import Objective
+from lockfree.rng import Streams
 from lockfree.schedule import Action, Schedule
 from lockfree.update import Update
+from lockfree.values import Values
 
 
 @dataclass(slots=True)
@@ -27,6 +32,8 @@ class Assembly:
         auxiliaries: Changes the weights of the auxiliary networks, if any learn.
         at_once: Whether weights change as soon as a cell is done, not at the end of the tick.
         flights: The batches in flight, by number.
+        own: The cells that are worked on in this process; all of them if left out.
+        streams: The random numbers of each action by itself, where batches overlap.
     """
 
     cells: list[Cell]
@@ -37,6 +44,21 @@ class Assembly:
     auxiliaries: Update | None
     at_once: bool = False
     flights: dict[int, Flight] = field(default_factory=dict)
+    own: range | None = None
+    streams: Streams = field(default_factory=lambda: Streams(torch.initial_seed()))
+
+    @property
+    def own_cells(self) -> list[Cell]:
+        """The cells that are worked on in this process."""
+        return self.cells if self.own is None else self.cells[self.own.start : self.own.stop]
+
+    def enter(self, batch: int, inputs: Values, target: Any) -> None:
+        """Lets a batch enter the chain."""
+        self.flights[batch] = Flight(inputs, target, self.schedule.actions_of(batch, self.own))
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Leaves the global generators as they are, where actions draw from streams of their own."""
+        return self.streams.apart() if self.schedule.overlapping else nullcontext()
 
     def sample_losses(self, batch: int) -> Callable[[], Tensor] | None:
         """Returns what gives the loss of each sample of a batch, worked out once; ``None`` if it has not reached the top."""
@@ -74,10 +96,11 @@ class Assembly:
         After each cell there are the gradients of one cell at a time.
         """
         block_learnt = auxiliary_learnt = False
-        for cell in self.cells:
+        own = self.own_cells
+        for cell in own:
             block_learnt, auxiliary_learnt = block_learnt or cell.learnt[0], auxiliary_learnt or cell.learnt[1]
         if block_learnt or auxiliary_learnt:
-            for cell in self.cells:
+            for cell in own:
                 cell.before_update()
         if block_learnt:
             self.blocks.take()

@@ -57,6 +57,8 @@ class Sequential(Executor):
 
 def act(assembly: Assembly, action: Action, outcome: Outcome) -> None:
     """Runs one action; weights have not changed when it returns."""
+    if assembly.schedule.overlapping:
+        assembly.streams.begin(*action)
     _ACTIONS[action.kind](assembly, assembly.cells[action.cell], action.batch, outcome)
 
 

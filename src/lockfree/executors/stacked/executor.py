@@ -138,7 +138,7 @@ class Stacked(Executor):
             stack.leave(self._tick)
         for batch, flight in assembly.flights.items():
             if batch <= self._tick:
-                flight.remaining = assembly.schedule.remaining(self._tick - batch)
+                flight.remaining = assembly.schedule.remaining(batch, self._tick)
 
     def forget(self) -> None:
         """Forgets what the stacks keep."""
