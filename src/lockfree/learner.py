@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from lockfree import rules
 from lockfree.cell import Cell, Wiring
 from lockfree.chain import Chain
 from lockfree.choose import choose
-from lockfree.executors import EXECUTORS, Assembly, Executor, Outcome
+from lockfree.executors import EXECUTORS, Assembly, Executor, Outcome, Stopwatch
 from lockfree.flight import Flight
 from lockfree.link import Link, links_between
 from lockfree.objective import Loss, Objective, describe
@@ -102,6 +103,7 @@ class Learner:
             Diverged: If the loss is not finite; the message names the cell and the step.
         """
         self._check_batch(x, y)
+        self._executor.prepare(self._assembly, lambda: self._seconds(x, y))
         self._enter(self._phase_of(self.steps))
         tick = self.steps
         fed = detach(self._phase.rule.feed(self._trained, x, y, tick))
@@ -151,11 +153,15 @@ class Learner:
         return _result(outcome)
 
     def drain(self) -> None:
-        """Finishes the batches in flight; the next step starts with an empty pipeline."""
+        """Finishes the batches in flight; the next step starts with an empty pipeline.
+
+        Where several processes train together, each knows the weights of all blocks afterwards.
+        """
         for tick in range(self.steps, self.steps + self.schedule.depth):
             self._all_or_nothing(self._executor.run, self.schedule.tick(tick, self._first, self.steps - 1))
         self._first = self.steps
         assert not self._assembly.flights, "a drained learner has nothing in flight"
+        self._executor.spread(self._assembly)
 
     def _all_or_nothing(self, run: Callable[..., Outcome], *what: Any) -> Outcome:
         """After an error nothing half-learnt stays: weights have not changed yet, and running statistics are put back."""
@@ -250,12 +256,34 @@ class Learner:
         finally:
             assembly.blocks, assembly.auxiliaries = kept
             self.load_state_dict(state)
-        return {name: collector.found[id(p)] for name, p in self.model.named_parameters() if id(p) in collector.found}
+        return self._executor.union(
+            {name: collector.found[id(p)] for name, p in self.model.named_parameters() if id(p) in collector.found}
+        )
+
+    def _seconds(self, x: Values, y: Any, rounds: int = 3) -> list[float]:
+        """Measures how long each cell takes on a batch, where no graph spans several of them; changes nothing."""
+        state, kept = self.state_dict(), self._executor
+        self._executor = watch = Stopwatch()
+        try:
+            self._clear()
+            for turn in range(rounds + 1):
+                self.step(x, y)
+                self.drain()
+                if not turn:  # what is made once is not timed
+                    watch.seconds.clear()
+        finally:
+            self._executor = kept
+            self.load_state_dict(state)
+        found = [0.0] * len(self.cells)
+        for (cell, _), times in watch.seconds.items():
+            found[cell] += statistics.median(times)
+        return found
 
     # ---- looking -------------------------------------------------------------------------------------------------------------
 
     def predict(self, x: Values) -> Values:
         """Returns the model's output (class scores) in evaluation mode; nothing is changed."""
+        self._executor.spread(self._assembly)
         with ExitStack() as stack, torch.no_grad():
             for module in (self.model, *self.auxiliaries):
                 stack.enter_context(undisturbed(module))
@@ -290,6 +318,19 @@ class Learner:
         """The auxiliary networks, whatever they are for."""
         networks = (network for cell in self.cells for network in (cell.auxiliary, cell.inputs))
         return [network for network in networks if network is not None]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and prints, where several train together: one of them does, and one that trains alone."""
+        return self._executor.leads
+
+    def stops(self, wanted: bool) -> bool:
+        """Whether training is to end now, the same in all processes that train together: soon after the one that leads wants it."""
+        return self._executor.stops(wanted, self.steps)
+
+    def agrees(self, wanted: bool) -> bool:
+        """Whether the process that leads wants something; where several train together, all must ask."""
+        return self._executor.agrees(wanted)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -334,7 +375,7 @@ class Learner:
             "rng": get_rng(),
             "streams": self._assembly.streams.seed,
         }
-        return _snapshot(state)
+        return self._executor.gather(self.model, self._assembly, _snapshot(state))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts everything back as `state_dict` found it, the global random generators included.
@@ -363,6 +404,7 @@ class Learner:
             cell.load_state_dict(saved, self._assembly.flights)
         for link, saved in zip(self._assembly.links, flying["links"], strict=True):
             link.load_state_dict(saved)
+        self._executor.adopt(self._assembly, self.steps - 1)
         set_rng(state["rng"])
         self._assembly.streams = Streams(state["streams"])
 
@@ -546,7 +588,9 @@ def convert(
     if recompute and any(type(phase.rule).run is not Rule.run for phase in phases):
         raise ValueError(f"{rule.title} runs blocks in a way of its own, which recompute would not repeat: leave recompute out")
     objective = Objective(loss)
-    cells = _make_cells(chain, rule, objective, phases, example_input)
+    running = executor if isinstance(executor, Executor) else choose(EXECUTORS, executor, "executor")()
+    joins = running.joins_blocks(trained[0].device)
+    cells = _make_cells(chain, rule, objective, phases, example_input, joins)
     networks = [network for cell in cells for network in (cell.auxiliary, cell.inputs) if network is not None]
     helping = [parameter for network in networks for parameter in _trained(network)]
     make_auxiliary = auxiliary_optimizer or rule.auxiliary_optimizer
@@ -564,7 +608,6 @@ def convert(
     changes = Update(stepping, every=accumulate, clip_norm=clip_norm)
     beside = None if helper is None else Update(helper, every=accumulate)
     assembly = Assembly(cells, all_links, phases[0].schedule, objective, changes, beside, at_once)
-    running = executor if isinstance(executor, Executor) else choose(EXECUTORS, executor, "executor")()
     running.check(assembly)
     return Learner(chain, rule, phases, running, assembly, same)
 
@@ -591,7 +634,7 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _make_cells(
-    chain: Chain, rule: Rule, objective: Objective, phases: Sequence[Phase], example_input: Values | None
+    chain: Chain, rule: Rule, objective: Objective, phases: Sequence[Phase], example_input: Values | None, joins_blocks: bool
 ) -> list[Cell]:
     """Builds the auxiliary networks and puts the cells together."""
     count, plans = len(chain), [phase.schedule for phase in phases]
@@ -601,6 +644,7 @@ def _make_cells(
     joins = [
         all(phase.rule.passes_on(place) and (place.top or phase.schedule.joins(place.index)) for phase in phases)
         and not (place.top and broadcast)
+        and (place.top or joins_blocks)
         for place in places
     ]
     # Whether anybody wants dL/dx of the block above i.

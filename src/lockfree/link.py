@@ -60,6 +60,13 @@ class Link:
         self._up.pop(batch, None)
         self._down.pop(batch, None)
 
+    def keep(self, *, up: bool, down: bool) -> None:
+        """Forgets what is on its way in a direction whose end is elsewhere."""
+        if not up:
+            self._up.clear()
+        if not down:
+            self._down.clear()
+
     def clear(self) -> None:
         """Forgets everything on its way."""
         self._up.clear()

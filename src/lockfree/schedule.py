@@ -284,6 +284,16 @@ class Tick(Sequence[Action]):
         self._actions: list[Action] | None = None
 
     @property
+    def first(self) -> int:
+        """The earliest batch that takes part."""
+        return self.number + self._low
+
+    @property
+    def last(self) -> int:
+        """The latest batch that takes part."""
+        return self.number + self._high
+
+    @property
     def whole(self) -> bool:
         """Whether every cell does all that it ever does: the pipeline is full, and no clock lets a cell rest."""
         return self._high == 0 and self._low == -self._schedule.depth and self._schedule.clock is None

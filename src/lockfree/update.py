@@ -43,6 +43,11 @@ class Update:
         """Whether each parameter is stepped with each of its gradients as it is."""
         return self._every == 1 and self._clip_norm is None
 
+    @property
+    def clips(self) -> bool:
+        """Whether the gradient of all parameters together is shortened."""
+        return self._clip_norm is not None
+
     def take(self) -> None:
         """Takes the gradients that lie on the parameters; steps if that makes n of them."""
         if self._every > 1:

@@ -66,6 +66,11 @@ def mark(values: Values, carry: list[bool]) -> Values:
     return values
 
 
+def move(values: Values, device: torch.device) -> Values:
+    """Brings every tensor of a tree to a device."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), values)
+
+
 def clone(values: Values) -> Values:
     """Copies every tensor of a tree; the copies stay in the graph of the originals."""
     return pytree.tree_map_only(Tensor, torch.clone, values)

@@ -1,13 +1,13 @@
 """What an executor works on and what it must do."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lockfree.cell import Cell
 from lockfree.flight import Flight
@@ -117,18 +117,26 @@ class Assembly:
                 update.drop()
 
 
+class Number(Protocol):
+    """A loss: a tensor with one number, or what will be."""
+
+    def item(self) -> float:
+        """Returns the number."""
+        ...
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a run of actions brought to light.
 
     Attributes:
-        losses: The loss of each batch that reached the top, by batch.
+        losses: The loss of each batch that reached the top, by batch; one that arose elsewhere is waited for when it is looked at.
         auxiliary: The loss of each auxiliary network that learnt, by (cell, batch).
         inputs: The loss of each network that predicts an input and learnt, by (cell, batch).
         stacked: Losses of auxiliary networks of neighbouring cells, shape (n,), with the first cell's number.
     """
 
-    losses: dict[int, Tensor] = field(default_factory=dict)
+    losses: dict[int, Number] = field(default_factory=dict)
     auxiliary: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     stacked: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -158,6 +166,64 @@ class Executor(ABC):
         Raises:
             ValueError: With what is in the way, and the way out.
         """
+
+    # ---- several processes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and prints, where several train together."""
+        return True
+
+    def joins_blocks(self, device: torch.device) -> bool:
+        """Whether one graph may span several blocks: not if they might be in different processes.
+
+        Args:
+            device: Where the model is.
+        """
+        return True
+
+    def prepare(self, assembly: Assembly, seconds: Callable[[], Sequence[float]]) -> None:  # noqa: B027
+        """Gets ready for the first step.
+
+        Args:
+            assembly: What will be worked on.
+            seconds: Measures how long each cell takes on a batch.
+        """
+
+    def adopt(self, assembly: Assembly, tick: int) -> None:  # noqa: B027
+        """Takes in a state that has been loaded, of after a tick."""
+
+    def gather(self, model: nn.Module, assembly: Assembly, known: dict[str, Any]) -> dict[str, Any]:
+        """Returns a learner's state, of which this process knows a part.
+
+        Args:
+            model: The user's own.
+            assembly: What is worked on.
+            known: What `Learner.state_dict` says here.
+        """
+        return known
+
+    def union(self, mine: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the entries that any process has."""
+        return dict(mine)
+
+    def spread(self, assembly: Assembly) -> None:  # noqa: B027
+        """Lets this process know the present weights of all blocks."""
+
+    def stops(self, wanted: bool, step: int) -> bool:
+        """Whether training is to end after so many steps, the same in all processes.
+
+        Args:
+            wanted: Whether this process has been asked to end it.
+            step: Steps taken.
+        """
+        return wanted
+
+    def agrees(self, wanted: bool) -> bool:
+        """Whether the process that leads wants something."""
+        return wanted
+
+    # ---- what is in flight ---------------------------------------------------------------------------------------------------
 
     def settle(self, assembly: Assembly) -> None:  # noqa: B027  (most keep nothing to themselves)
         """Puts what is in flight where cells, links and flights keep it, for whoever wants to look at them or act on them."""

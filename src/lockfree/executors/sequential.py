@@ -1,6 +1,6 @@
 """The reference: one action after the other, in one process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -22,12 +22,7 @@ class Sequential(Executor):
         if actions and all(cell.keeps_nothing for cell in assembly.cells):
             return _run_as_one_graph(assembly, actions[0].batch)
         outcome = Outcome()
-        for index, action in enumerate(actions):
-            act(assembly, action, outcome)
-            if assembly.at_once and action.cell != actions[min(index + 1, len(actions) - 1)].cell:
-                assembly.update()
-        assembly.finish(actions)
-        assembly.update()
+        run_in_order(assembly, actions, lambda action: act(assembly, action, outcome))
         return outcome
 
     def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
@@ -53,6 +48,16 @@ class Sequential(Executor):
         assembly.end(batch)
         assembly.update()
         return outcome
+
+
+def run_in_order(assembly: Assembly, actions: Sequence[Action], act: Callable[[Action], None]) -> None:
+    """Runs actions one after the other, then the update; or each cell's update once it is done, where weights change at once."""
+    for index, action in enumerate(actions):
+        act(action)
+        if assembly.at_once and action.cell != actions[min(index + 1, len(actions) - 1)].cell:
+            assembly.update()
+    assembly.finish(actions)
+    assembly.update()
 
 
 def act(assembly: Assembly, action: Action, outcome: Outcome) -> None:

@@ -1,0 +1,6 @@
+"""Groups of neighbouring blocks learn at the same time, each in a process of its own."""
+
+from lockfree.executors.pipeline.executor import Pipeline
+from lockfree.executors.pipeline.world import FailedElsewhere, ProcessLost
+
+__all__ = ["FailedElsewhere", "Pipeline", "ProcessLost"]
