@@ -15,6 +15,7 @@ from lockfree.precision import full_precision
 from lockfree.rng import undisturbed
 from lockfree.rule import Context, Needs, Pace, Place, Rule
 from lockfree.schedule import Kind
+from lockfree.staleness import Correction, Late
 from lockfree.stash import Call, Stash, call_from, call_state
 from lockfree.values import Credit, Values, as_leaves, batch_size, carriers, carrying, detach, mark, tensors
 
@@ -22,9 +23,9 @@ from lockfree.values import Credit, Values, as_leaves, batch_size, carriers, car
 class _Part:
     """A module of a cell; its calls can be differentiated late and made again if its weights may change in between."""
 
-    def __init__(self, module: nn.Module | None, *, overlaps: bool) -> None:
+    def __init__(self, module: nn.Module | None, *, overlaps: bool, keep: bool = True, exact: bool = True) -> None:
         self.module = module
-        self.stash = Stash(module) if overlaps and module is not None else None
+        self.stash = Stash(module, keep=keep, exact=exact) if overlaps and module is not None else None
 
     def call(self, run: Callable[[], Any], again: Call | None = None) -> tuple[Any, Call | None]:
         """Makes a call, or makes a recorded one again; returns its result and its record."""
@@ -40,6 +41,10 @@ class _Part:
         if self.stash is not None and call is not None:
             self.stash.release(call)
 
+    def weights_of(self, call: Call | None) -> list[Tensor]:
+        """Returns the weights that a call ran with, as far as they are kept."""
+        return [] if self.stash is None or call is None else self.stash.weights_of(call)
+
 
 @dataclass(slots=True)
 class _Visit:
@@ -53,6 +58,7 @@ class _Visit:
     block_call: Call | None = None
     auxiliary_call: Call | None = None
     input_call: Call | None = None
+    read: int = 0  # updates that the block had seen when it ran forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +71,16 @@ class Wiring:
         reports: Whether the cell below wants dL/dx as a message.
         overlaps: The kinds of action (L, A, I) whose weights may change between a call and its gradient.
         learns_early: Whether the block's weights change before the batch has reached the loss, which would tell if it is sound.
+        stash: Whether a late gradient is taken at the weights of its own forward pass.
+        correction: Repairs it.
     """
 
     joined: tuple[bool, bool] = (False, False)
     reports: bool = False
     overlaps: frozenset[Kind] = frozenset()
     learns_early: bool = False
+    stash: bool = True
+    correction: Correction | None = None
 
 
 class Cell:
@@ -109,9 +119,16 @@ class Cell:
         self.reports, self.learns_early = wiring.reports, wiring.learns_early
         self.learnt = [False, False]
         self.outputs_carry: list[bool] | None = None
+        late = Kind.LEARN in wiring.overlaps
+        self._correction = wiring.correction if late else None
+        keep = wiring.stash or (self._correction is not None and self._correction.wants_weights)
+        self._learning = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        self._memory = {} if self._correction is None else self._correction.memory(self._learning)
+        self._late: Late | None = None  # how late the gradients are that lie on the parameters
+        self._updates = 0  # of the block's weights
         self._plain_memos = rule.keeps_plain_memos(auxiliary)
         self._parts = {
-            "block": _Part(block, overlaps=Kind.LEARN in wiring.overlaps),
+            "block": _Part(block, overlaps=late, keep=keep, exact=wiring.stash),
             "auxiliary": _Part(auxiliary, overlaps=Kind.AUXILIARY in wiring.overlaps and not self._plain_memos),
             "inputs": _Part(self.inputs, overlaps=Kind.INPUT in wiring.overlaps),
         }
@@ -187,7 +204,8 @@ class Cell:
         return self._clock is not None and self._clock.pace(self.place.index, batch) is Pace.FREEZE
 
     def _open(self, batch: int, samples: int, flight: Flight, kinds: frozenset[Kind]) -> _Visit:
-        visit = self._visits[batch] = _Visit(self._context(batch, samples, flight), flight, pending=set(kinds))
+        context = self._context(batch, samples, flight)
+        visit = self._visits[batch] = _Visit(context, flight, pending=set(kinds), read=self._updates)
         return visit
 
     def _context(self, batch: int, samples: int, flight: Flight) -> Context:
@@ -250,6 +268,8 @@ class Cell:
                     given, credit = list(credit), None
                     _backward(visit.made, given, None if kind is Kind.LEARN else carriers(context.inputs))
         self.learnt[0] = learnt and kind is Kind.LEARN
+        if self._correction is not None and self.learnt[0]:
+            self._late = self._lateness(visit)
         message = tuple(x.grad for x in carriers(context.inputs)) if self.reports else None
         visit.made, context.inputs = (), None
         self._parts["block"].release(visit.block_call)
@@ -259,6 +279,24 @@ class Cell:
             visit.auxiliary_call = None
         self._done(batch, kind)
         return message
+
+    def _lateness(self, visit: _Visit) -> Late:
+        block = self._parts["block"]
+        then = dict(zip(map(id, self.block.parameters()), block.weights_of(visit.block_call), strict=False))
+        weights = [then[id(parameter)].detach() for parameter in self._learning if id(parameter) in then]
+        now = [parameter.detach() for parameter in self._learning]
+        return Late(read=visit.read, applied=self._updates, then=weights, now=now)
+
+    def correct(self) -> None:
+        """Repairs the late gradient that lies on the block's parameters, just before it is stepped."""
+        if self._late is None:
+            return
+        assert self._correction is not None, "who is late is repaired"
+        gradients = [parameter.grad for parameter in self._learning]
+        repaired = self._correction.correct(gradients, self._late, self._memory)
+        for parameter, gradient in zip(self._learning, repaired, strict=True):
+            parameter.grad = gradient
+        self._late = None
 
     def _credit(self, visit: _Visit, again: Call | None) -> tuple[Credit | None, Call | None]:
         return self._parts["auxiliary"].call(lambda: self.rule.credit(visit.context), again)
@@ -373,6 +411,7 @@ class Cell:
         """
         for stash in self._stashes:
             stash.before_update()
+        self._updates += self.learnt[0]
         self.learnt = [False, False]
 
     # ---- what is in flight -------------------------------------------------------------------------------------------------
@@ -388,6 +427,7 @@ class Cell:
         """Forgets every batch in flight."""
         self._visits.clear()
         self.learnt = [False, False]
+        self._late = None
         for stash in self._stashes:
             stash.clear()
 
@@ -398,7 +438,8 @@ class Cell:
         for name, part in self._parts.items():
             if part.stash is not None:
                 state[f"{name}_stash"] = part.stash.state_dict()
-        return state | {"visits": {batch: self._visit_state(visit) for batch, visit in self._visits.items()}}
+        visits = {batch: self._visit_state(visit) for batch, visit in self._visits.items()}
+        return state | {"visits": visits, "updates": self._updates, "correction": self._memory}
 
     def load_state_dict(self, state: dict[str, Any], flights: Mapping[int, Flight]) -> None:
         """Puts back what `state_dict` returned; the block's weights must have been put back before, and so must the flights.
@@ -412,12 +453,14 @@ class Cell:
         for name, part in self._parts.items():
             if part.stash is not None:
                 part.stash.load_state_dict(state[f"{name}_stash"])
+        self._updates, self._memory = state["updates"], state["correction"]
         for batch, visit in state["visits"].items():
             self._visits[int(batch)] = self._revisit(int(batch), visit, flights[int(batch)])
 
     def _revisit(self, batch: int, state: dict[str, Any], flight: Flight) -> _Visit:
         kinds = frozenset(Kind(kind) for kind in state["pending"])
         visit = self._open(batch, state["samples"], flight, kinds)
+        visit.read = state["read"]
         context = visit.context
         context.inputs, context.outputs = state["inputs"], tuple(state["outputs"])
         context.above, context.error = state["above"], state["error"]
@@ -442,6 +485,7 @@ class Cell:
             "carrying": carrying(context.inputs),
             "outputs": list(context.outputs),
             "samples": context.samples,
+            "read": visit.read,
             "above": context.above,
             "error": context.error,
             "memo": self.rule.memo_state(self.auxiliary, context.memo) if plain else None,

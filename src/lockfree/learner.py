@@ -1,5 +1,6 @@
 """`convert`: a model and a rule become a learner that takes one batch at a time."""
 
+import itertools
 import math
 import re
 import statistics
@@ -590,7 +591,7 @@ def convert(
     objective = Objective(loss)
     running = executor if isinstance(executor, Executor) else choose(EXECUTORS, executor, "executor")()
     joins = running.joins_blocks(trained[0].device)
-    cells = _make_cells(chain, rule, objective, phases, example_input, joins)
+    cells = _make_cells(chain, rule, objective, phases, all_links, example_input, joins)
     networks = [network for cell in cells for network in (cell.auxiliary, cell.inputs) if network is not None]
     helping = [parameter for network in networks for parameter in _trained(network)]
     make_auxiliary = auxiliary_optimizer or rule.auxiliary_optimizer
@@ -599,9 +600,11 @@ def convert(
     same = {
         "rule": repr(rule),
         "cut": repr(chain),
-        "schedule": f"{plan.name}, delays {list(plan.delays)}",
+        "schedule": f"{plan.name}, {_in_short(all_links)}",
         "optimizer": " and ".join(type(one).__name__ for one in (stepping, helper) if one is not None),
     }
+    if any(link.correction is not None for link in all_links):
+        _refuse_mixed_gradients(cells, accumulate)
     at_once = choose(_AT_ONCE, update, "update")
     if at_once:
         _refuse_what_lasts(cells, accumulate)
@@ -612,6 +615,12 @@ def convert(
     return Learner(chain, rule, phases, running, assembly, same)
 
 
+def _in_short(links: Sequence[Link]) -> str:
+    """Describes links, equal neighbours once."""
+    runs = [(kind, len(list(run))) for kind, run in itertools.groupby(map(repr, links))]
+    return ", ".join(f"{count} x {kind}" for kind, count in runs) or "no links"
+
+
 _AT_ONCE = {"tick": False, "block": True}
 
 
@@ -619,14 +628,37 @@ def _refuse_what_lasts(cells: Sequence[Cell], accumulate: int) -> None:
     """Refuses what needs gradients for longer than a block's turn."""
     if accumulate > 1:
         raise ValueError(f'accumulate={accumulate} keeps the gradients of all blocks: leave it out, or update="block"')
+    shared = _shared(cells)
+    if shared:
+        raise ValueError(
+            f"blocks {shared[0]} and {shared[1]} share a parameter, whose gradients must be summed before it changes: leave out "
+            'update="block"'
+        )
+
+
+def _refuse_mixed_gradients(cells: Sequence[Cell], accumulate: int) -> None:
+    """Refuses to correct gradients that are sums of some that are late by different times."""
+    if accumulate > 1:
+        raise ValueError(
+            f"accumulate={accumulate} sums gradients of different ages, which no correction can repair: leave one out"
+        )
+    shared = _shared(cells)
+    if shared:
+        raise ValueError(
+            f"blocks {shared[0]} and {shared[1]} share a parameter, whose gradient is a sum of some of different ages that no "
+            "correction can repair: leave the link's correction out"
+        )
+
+
+def _shared(cells: Sequence[Cell]) -> tuple[int, int] | None:
+    """Returns the first two cells whose blocks share a parameter."""
     owners: dict[int, int] = {}
     for cell in cells:
         for parameter in cell.block.parameters():
-            if owners.setdefault(id(parameter), cell.place.index) != cell.place.index:
-                raise ValueError(
-                    f"blocks {owners[id(parameter)]} and {cell.place.index} share a parameter, whose gradients must be summed before it "
-                    'changes: leave out update="block"'
-                )
+            owner = owners.setdefault(id(parameter), cell.place.index)
+            if owner != cell.place.index:
+                return owner, cell.place.index
+    return None
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
@@ -634,7 +666,13 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _make_cells(
-    chain: Chain, rule: Rule, objective: Objective, phases: Sequence[Phase], example_input: Values | None, joins_blocks: bool
+    chain: Chain,
+    rule: Rule,
+    objective: Objective,
+    phases: Sequence[Phase],
+    links: Sequence[Link],
+    example_input: Values | None,
+    joins_blocks: bool,
 ) -> list[Cell]:
     """Builds the auxiliary networks and puts the cells together."""
     count, plans = len(chain), [phase.schedule for phase in phases]
@@ -668,6 +706,8 @@ def _make_cells(
             reports=below_wants[i] and not joins[i - 1],
             overlaps=overlaps,
             learns_early=any(plan.learns_early(i) for plan in plans),
+            stash=place.top or links[i].stash,
+            correction=None if place.top else links[i].correction,
         )
         inputs = (rule.build_inputs(site), carrying(site.inputs)) if rule.synthesises_inputs(place) else None
         auxiliary = rule.build(site)

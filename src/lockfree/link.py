@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lockfree.staleness import Correction
 from lockfree.values import Credit, Values, carrying, detach, mark
 
 
@@ -12,28 +13,47 @@ class Link:
     A message sent for batch t in tick k is learnt from in tick k + ``delay``. Delay is a property of the channel, never of a
     rule: the schedule reads it here, and the link keeps what is on its way.
 
+    Where messages are late, the weights of the block below have moved on since it ran forward. By default they are kept, and its
+    gradient is exactly the one at the weights of its forward pass.
+
     Args:
         delay: Ticks (under ``lockstep``: batches) that a message takes, 0 or more.
+        stash: Whether the weights of batches in flight are kept. If not, a gradient is taken with the activations of the forward
+            pass and the weights that are there when the message comes (Huo et al. 2018): a copy of the weights less for each batch
+            in flight, for a gradient that is not quite one.
+        correction: Repairs the late gradient of the block below, before it is stepped.
 
     Raises:
         ValueError: If the delay is negative or not a whole number.
+        TypeError: If the correction is none.
 
     Example:
         >>> link = Link(delay=1)
         >>> link.send(7, (None,))
         >>> link.receive(7)
         (None,)
+
+    Reference:
+        Huo, Gu, Yang, Huang 2018, "Decoupled parallel backpropagation with convergence guarantee", arXiv 1804.10574 (late gradients);
+        Narayanan et al. 2019, "PipeDream", SOSP (keeping the weights).
     """
 
-    def __init__(self, *, delay: int = 0) -> None:
+    def __init__(self, *, delay: int = 0, stash: bool = True, correction: Correction | None = None) -> None:
         if delay != int(delay) or delay < 0:
             raise ValueError(f"a link's delay is a whole number of ticks, 0 or more, got {delay!r}")
-        self.delay = int(delay)
+        if correction is not None and not isinstance(correction, Correction):
+            raise TypeError(f"correction must be one of lockfree.staleness, such as DelayCompensation(), got {correction!r}")
+        self.delay, self.stash, self.correction = int(delay), bool(stash), correction
         self._up: dict[int, Values] = {}
         self._down: dict[int, Credit | None] = {}
 
     def __repr__(self) -> str:
-        return f"Link(delay={self.delay})"
+        more = ("" if self.stash else ", stash=False") + ("" if self.correction is None else f", correction={self.correction}")
+        return f"Link(delay={self.delay}{more})"
+
+    def copy(self) -> "Link":
+        """Returns a link of the same kind with nothing on its way."""
+        return Link(delay=self.delay, stash=self.stash, correction=self.correction)
 
     def lift(self, batch: int, values: Values) -> None:
         """Hands the activations of a batch up."""
@@ -92,7 +112,7 @@ def links_between(cells: int, given: Link | Sequence[Link] | None) -> list[Link]
     if given is None:
         return [Link() for _ in range(cells - 1)]
     if isinstance(given, Link):
-        return [Link(delay=given.delay) for _ in range(cells - 1)]
+        return [given.copy() for _ in range(cells - 1)]
     if len(given) != cells - 1:
         raise ValueError(
             f"{cells} blocks have {cells - 1} links between them, got {len(given)}: pass one Link for all or a list"

@@ -2,13 +2,14 @@
 
 Under a delayed link or a pipelined schedule a module runs forward on batch t, its weights are updated from earlier batches, and
 only then the credit of batch t arrives. The gradient is then taken at the weights that the forward pass used (weight stashing,
-Narayanan et al. 2019); autograd alone refuses, because the weights that it saved were changed in place.
+Narayanan et al. 2019), or, to save the copies, partly at those that are there by then (Huo et al. 2018); autograd alone refuses
+either, because the weights that it saved were changed in place.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ class Call:
         rng: State of the random generators before the call.
         autocast: The ambient autocast as (device type, dtype), or ``None``.
         buffers: The module's buffers before the call.
+        saved: What autograd keeps of the call beside weights, in order, where old weights are not there to make it again.
     """
 
     version: int
     rng: dict[str, Tensor]
     autocast: tuple[str, torch.dtype] | None
     buffers: list[Tensor]
+    saved: list[Any] = field(default_factory=list)
 
 
 class Stash:
@@ -51,10 +54,13 @@ class Stash:
 
     Args:
         module: Whose weights change.
+        keep: Whether the weights of calls in flight are kept.
+        exact: Whether gradients are taken at them, not at the present ones.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, *, keep: bool = True, exact: bool = True) -> None:
+        assert keep or not exact, "gradients cannot be taken at weights that are not there"
+        self._module, self._keep, self._exact = module, keep, exact
         self._weights: list[Tensor] = list(module.parameters())
         self._version = 0
         self._live: Counter[int] = Counter()
@@ -63,6 +69,7 @@ class Stash:
     @contextmanager
     def record(self, call: Call | None = None) -> Iterator[Call]:
         """Records the calls made inside, so that their backward may come after updates."""
+        made = iter(() if call is None else list(call.saved))
         if call is None:
             buffers = [buffer.clone() for buffer in self._module.buffers()]
             call = Call(self._version, get_rng(), _ambient_autocast(self._weights), buffers)
@@ -75,13 +82,18 @@ class Stash:
             weight = by_storage.get(pointer)
             if weight is None:
                 # A later call may change a buffer in place; it is small enough to be copied.
-                return tensor.detach().clone() if pointer in moving else hold(tensor)
+                held = next(made, None)
+                if held is None:
+                    held = tensor.detach().clone() if pointer in moving else hold(tensor)
+                    if not self._keep:
+                        call.saved.append(held)
+                return held
             return _Saved(weight, call.version, tensor.size(), tensor.stride(), tensor.storage_offset())
 
         def unpack(saved: Any) -> Tensor:
             if not isinstance(saved, _Saved):
                 return unhold(saved)
-            weights = self._kept.get(saved.version, self._weights)
+            weights = self._kept.get(saved.version, self._weights) if self._exact else self._weights
             return weights[saved.weight].detach().as_strided(saved.size, saved.stride, saved.offset)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -90,6 +102,7 @@ class Stash:
 
     def release(self, call: Call) -> None:
         """Ends a call: once nobody needs a version any more, its copy is dropped."""
+        call.saved.clear()
         self._live[call.version] -= 1
         if self._live[call.version] <= 0:
             del self._live[call.version]
@@ -97,9 +110,13 @@ class Stash:
 
     def before_update(self) -> None:
         """Must be called before the weights change."""
-        if self._live[self._version]:
+        if self._keep and self._live[self._version]:
             self._kept[self._version] = [_copy_with_layout(weight) for weight in self._weights]
         self._version += 1
+
+    def weights_of(self, call: Call) -> list[Tensor]:
+        """Returns the weights that a call ran with, as far as they are kept."""
+        return self._kept.get(call.version, self._weights)
 
     def clear(self) -> None:
         """Forgets every call in flight."""
@@ -146,13 +163,14 @@ class Stash:
 def call_state(call: Call) -> dict[str, Any]:
     """Returns a recorded call as plain data."""
     autocast = call.autocast and [call.autocast[0], str(call.autocast[1]).removeprefix("torch.")]
-    return {"version": call.version, "rng": call.rng, "autocast": autocast, "buffers": call.buffers}
+    saved = [unhold(one) for one in call.saved]
+    return {"version": call.version, "rng": call.rng, "autocast": autocast, "buffers": call.buffers, "saved": saved}
 
 
 def call_from(state: dict[str, Any]) -> Call:
     """Makes a recorded call from plain data."""
     autocast = state["autocast"] and (state["autocast"][0], getattr(torch, state["autocast"][1]))
-    return Call(state["version"], state["rng"], autocast, state["buffers"])
+    return Call(state["version"], state["rng"], autocast, state["buffers"], list(state["saved"]))
 
 
 def _copy_with_layout(weight: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """When gathered gradients become a step of an optimizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,19 +45,28 @@ class Update:
         return self._every == 1 and self._clip_norm is None
 
     @property
+    def gathers(self) -> bool:
+        """Whether it takes several gradients to make a step."""
+        return self._every > 1
+
+    @property
     def clips(self) -> bool:
         """Whether the gradient of all parameters together is shortened."""
         return self._clip_norm is not None
 
-    def take(self) -> None:
-        """Takes the gradients that lie on the parameters; steps if that makes n of them."""
+    def take(self, correct: Callable[[], None] | None = None) -> None:
+        """Takes the gradients that lie on the parameters; steps if that makes n of them.
+
+        Args:
+            correct: Repairs what is late of them: after clipping, before weight decay and momentum.
+        """
         if self._every > 1:
             self._gather()
         if self._count < self._every - 1:
             self._count += 1
         else:
             self._count = 0
-            self._step()
+            self._step(correct)
         self.drop()
 
     def _gather(self) -> None:
@@ -72,9 +82,11 @@ class Update:
             else:
                 self._gathered.append(total)
 
-    def _step(self) -> None:
+    def _step(self, correct: Callable[[], None] | None) -> None:
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters(), self._clip_norm)
+        if correct is not None:
+            correct()
         self.optimizer.step()
 
     def drop(self) -> None:

@@ -103,9 +103,14 @@ class Assembly:
             for cell in own:
                 cell.before_update()
         if block_learnt:
-            self.blocks.take()
+            self.blocks.take(self._correct)
         if auxiliary_learnt and self.auxiliaries is not None:
             self.auxiliaries.take()
+
+    def _correct(self) -> None:
+        """Repairs the late gradients of this tick."""
+        for cell in self.own_cells:
+            cell.correct()
 
     def clear(self) -> None:
         """Forgets everything in flight, and gradients that a failed tick left behind."""

@@ -39,7 +39,7 @@ class Crossing(Link):
         kind_of: Callable[[int], Hashable],
         word: "Word",
     ) -> None:
-        super().__init__(delay=link.delay)
+        super().__init__(delay=link.delay, stash=link.stash, correction=link.correction)
         self._up.update(link._up if above else {})
         self._down.update({} if above else link._down)
         self.cell, self.above = cell, above

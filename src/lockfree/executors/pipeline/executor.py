@@ -237,7 +237,7 @@ class Pipeline(Executor):
         if cell.place.top and action.kind is Kind.FORWARD:
             flight, loss = assembly.flights[batch], outcome.losses[batch]
             for channel, error, scores in self._listeners:
-                channel.send((self._kinds[batch], error), batch, news.of(flight, loss, error=error, scores=scores))
+                channel.send((self._kinds[batch], error), batch, news.of(flight, loss.item(), error=error, scores=scores))
 
     def run_alone(self, assembly: Assembly, cell: int, batch: int, flight: Flight) -> Outcome:
         """Lets one cell learn alone, as the reference does, where there is one process.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lockfree.executors.pipeline.wire import Channel, Parcel
 from lockfree.flight import Flight
@@ -22,14 +21,14 @@ class Awaited:
 
     batch: int
     _come: Callable[[int], None]
-    value: Tensor | None = None
+    value: float | None = None
 
     def item(self) -> float:
         """Returns the number."""
         if self.value is None:
             self._come(self.batch)
         assert self.value is not None, "losses come in turn"
-        return self.value.item()
+        return self.value
 
 
 class News:
@@ -71,12 +70,12 @@ class News:
         awaited = self._awaited.popleft()
         parcel: Parcel = self._channel.receive()
         told: dict[str, Any] = parcel.values
-        awaited.value = told["loss"]
+        awaited.value = told["loss"].item()
         flight = self._flights.get(parcel.batch)
         if flight is not None:
             flight.error, flight.scores = (move(told[name], self._device) for name in ("error", "scores"))
 
 
-def of(flight: Flight, loss: Tensor, *, error: bool, scores: bool) -> dict[str, Any]:
+def of(flight: Flight, loss: float, *, error: bool, scores: bool) -> dict[str, Any]:
     """Returns what there is to tell about a batch that has reached the top."""
-    return {"loss": loss, "error": flight.error if error else None, "scores": flight.scores if scores else None}
+    return {"loss": torch.tensor(loss, dtype=torch.float64), "error": flight.error if error else None, "scores": flight.scores if scores else None}

@@ -231,6 +231,7 @@ class Channel:
         if awaited.work is None:
             self._layouts[awaited.kind] = self._receive_layout()
             self._make_room()
+        assert awaited.work is not None, "there is room for what comes next"
         self._world.watching(awaited.work.wait, self._peer)
         self._expected.popleft()
         assert awaited.room is not None, "there was room"
@@ -250,8 +251,11 @@ class Channel:
             self._begin(awaited)
 
     def _begin(self, awaited: _Awaited) -> None:
+        room = awaited.room
+        assert room is not None, "there is room first"
+
         def begin() -> None:
-            awaited.work = dist.irecv(awaited.room, self._peer, group=self._carrier, tag=self._tag)
+            awaited.work = dist.irecv(room, self._peer, group=self._carrier, tag=self._tag)
 
         self._world.watching(begin, self._peer)
 

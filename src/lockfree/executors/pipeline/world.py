@@ -174,8 +174,9 @@ class Groups:
         Groups._made += 1  # the same in every process, since all of them make groups together
         self._notes = f"lockfree/{Groups._made}"
         patience = timedelta(seconds=timeout)
-        self.control = dist.new_group(backend="gloo", timeout=patience)
-        self.up, self.down = (dist.new_group(backend=backend, timeout=patience) for _ in range(2))
+        self.control: Any = dist.new_group(backend="gloo", timeout=patience)
+        self.up: Any = dist.new_group(backend=backend, timeout=patience)
+        self.down: Any = dist.new_group(backend=backend, timeout=patience)
         self.channels: weakref.WeakSet[Closable] = weakref.WeakSet()
 
     @classmethod

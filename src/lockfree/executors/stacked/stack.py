@@ -96,7 +96,9 @@ class Stack:
         for cell, batch, outputs in zip(self.cells, self.batches(tick), self._outputs, strict=True):
             finite.refuse(cell, batch, outputs)
             if cell.place.top:
-                finite.at_the_top(self._assembly, batch, outcome.losses[batch])
+                loss = outcome.losses[batch]
+                assert isinstance(loss, Tensor), "it arose here"
+                finite.at_the_top(self._assembly, batch, loss)
         losses = outcome.auxiliary_by_cell()
         for cell in self.cells:
             if cell.place.index in losses:
