@@ -1,5 +1,6 @@
 """The benchmark of pipelines: its baselines are right, its ratios are those of what it prints, and nothing hangs."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -34,6 +35,11 @@ def hand_over(rank, size, *, rule):
     return Training(nn.Identity(), step)
 
 
+def fill(rank, size):
+    losses = iter([math.nan, math.nan, math.nan])
+    return Training(nn.Identity(), lambda: next(losses), lead=2)
+
+
 def fail(rank, size):
     def step():
         if rank == 1:
@@ -51,7 +57,11 @@ def die(rank, size):
     return Training(nn.Identity(), step)
 
 
-ENDS = {fail: "process 1 failed at run of it: ValueError: not today", die: "process 1 was ended by SIGKILL: run of it"}
+ENDS = {
+    fill: "process 1 failed at run of it: RuntimeError: what was timed was no full pipeline: a step came to no loss",
+    fail: "process 1 failed at run of it: ValueError: not today",
+    die: "process 1 was ended by SIGKILL: run of it",
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +81,9 @@ def told():
             found[name] = both.ask((0, 1), "weights", name)
         for make in ENDS:
             both.ask((0, 1), "make", "it", make)
+            both.ask((0, 1), "lead", "it") if make is fill else None
             with pytest.raises(ChildProcessError) as caught:
-                both.ask((0, 1), "run", "it", 1)
+                both.ask((0, 1) if make is die else (1,), "run", "it", 1)
             found[make] = str(caught.value)
     assert not any(process.is_alive() for process in both.processes)
     return found

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -25,14 +26,13 @@ from torch.nn import functional as F
 
 from lockfree.bench.step import machine
 from lockfree.bench.timing import ratio
-from lockfree.learner import convert
+from lockfree.learner import Learner, convert
 from lockfree.processes import begin_worker
 from lockfree.rule import Rule
 from lockfree.rules import SyntheticGradients, get
 
 _CLASSES = 10
 _SCHEDULES = {"gpipe": "GPipe", "1f1b": "1F1B"}
-_LEAD = 2  # untimed steps at the beginning of a turn: one fills the pipeline, and caches forget whoever was there before
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ class Training:
 
     Attributes:
         model: The network, or the part of it that this process trains.
-        step: Takes the next batch; an optimizer's step is part of it, and so is the loss where it comes to light.
-        settle: Finishes what is in flight between processes.
+        step: Takes the next batch, an optimizer's step included, and returns the loss if it comes to light here.
+        lead: Steps from a standstill until everything is at work; not below 2, for caches to forget whoever was there before.
+        settle: Finishes what is in flight.
     """
 
     model: nn.Module
-    step: Callable[[], object]
+    step: Callable[[], float | None]
+    lead: int = 2
     settle: Callable[[], object] = lambda: None
 
 
@@ -97,13 +99,13 @@ def pipeline(
     - ``gpipe`` and ``1f1b``: the schedules of ``torch.distributed.pipelining``, with each number of microbatches; the fastest counts;
     - ``plain``: backpropagation in one process, while the other sleeps;
     - ``two_pred``, ``two_dni``, ``two_plain``: the ceilings. Both processes do the work of the rule, each for a network of its own, by
-      the sequential executor. Their throughput is the sum of what each reaches while both run.
+      the sequential executor, batch by batch. Their throughput is the sum of what each reaches while both run.
 
-    All take turns in the same two processes, which live as long as a repeat. A turn begins with two steps that do not count, begins and
-    ends to be timed when both processes say so, and empties the pipeline afterwards. So a pipeline is timed while it is full: each
-    process does its part of ``steps`` batches in the time, the batch that filled the pipeline being ahead at both ends, and neither
-    filling nor emptying counts. GPipe and 1F1B fill and drain within every batch by their nature; nothing else holds them up. What
-    they need not do is spared: outputs are not collected, and gradients come out scaled instead of being scaled afterwards.
+    All take turns in the same two processes, which live as long as a repeat. A turn begins with steps that fill the pipeline, is then
+    timed from when both processes are ready until both are done, and empties the pipeline at the end. Filling and emptying do not
+    count: in the time every block works on ``steps`` batches. GPipe and 1F1B fill and drain within every batch by their nature;
+    nothing else holds them up. What they need not do is spared: outputs are not collected, and gradients come out scaled instead of
+    being scaled afterwards.
 
     Args:
         rounds: Turns of each contestant in a repeat.
@@ -253,7 +255,8 @@ def sequential(rank: int, size: Size, *, rule: str) -> Training:
         size: Of the network.
         rule: pred or dni.
     """
-    return _learning(size, rule, executor="sequential", tells=True)
+    learner, feed = _learner(size, rule), _batches(size)
+    return Training(learner.model, lambda: learner.step(*feed()).loss)
 
 
 def pipelined(rank: int, size: Size, *, rule: str) -> Training:
@@ -264,22 +267,27 @@ def pipelined(rank: int, size: Size, *, rule: str) -> Training:
         size: Of the network.
         rule: pred or dni.
     """
-    return _learning(size, rule, executor="pipeline", tells=rank == 1)
-
-
-def _learning(size: Size, rule: str, *, executor: str, tells: bool) -> Training:
-    model, feed = network(size), _batches(size)
-    how, blocks = _RULES[rule](size)
-    learner = convert(
-        model, how, loss=F.cross_entropy, optimizer=_sgd, blocks=blocks, example_input=feed()[0][:2], schedule="pipelined",
-        executor=executor,
-    )  # fmt: skip
+    learner, feed = _learner(size, rule, schedule="pipelined", executor="pipeline"), _batches(size)
 
     def step() -> float | None:
         result = learner.step(*feed())
-        return result.loss if tells else None
+        return result.loss if rank == 1 else None
 
-    return Training(model, step, learner.drain)
+    return Training(learner.model, step, lead=1 + learner.schedule.depth, settle=learner.drain)
+
+
+def _learner(size: Size, rule: str, *, schedule: str = "lockstep", executor: str = "sequential") -> Learner:
+    how, blocks = _RULES[rule](size)
+    return convert(
+        network(size),
+        how,
+        loss=F.cross_entropy,
+        optimizer=_sgd,
+        blocks=blocks,
+        example_input=torch.zeros(2, size.units),
+        schedule=schedule,
+        executor=executor,
+    )
 
 
 def network(size: Size) -> nn.Sequential:
@@ -318,7 +326,7 @@ def _rates(
         for name, contestant in contestants.items():
             both.ask(contestant.ranks, "make", name, contestant.make)
         for turn, (name, contestant) in itertools.product(range(1 + rounds), contestants.items()):
-            both.ask(contestant.ranks, "run", name, _LEAD)
+            both.ask(contestant.ranks, "lead", name)
             start = time.perf_counter()
             seconds = both.ask(contestant.ranks, "run", name, steps)
             if contestant.together:
@@ -348,7 +356,7 @@ class Workers:
 
         Args:
             ranks: Numbers of the processes.
-            what: make, run, settle or weights.
+            what: make, lead, run, settle or weights.
             name: Of the contestant.
             *more: Whatever else ``what`` takes.
 
@@ -379,18 +387,19 @@ class Workers:
         except (EOFError, ConnectionResetError):
             answer = Failure("it is gone")
         if isinstance(answer, Failure):
-            self._check_alive(doing, seconds=0.5)  # a process whose neighbour has died fails, too, and is not the one to name
+            self._check_alive(doing, seconds=1.0)  # a process whose neighbour has died fails, too, and is not the one to name
             raise ChildProcessError(f"process {self.connections.index(connection)} failed at {doing}: {answer.words}")
         return answer
 
     def _check_alive(self, doing: str, seconds: float = 0.0) -> None:
-        if seconds:
-            wait([process.sentinel for process in self.processes], seconds)
-        for rank, process in enumerate(self.processes):
-            code = process.exitcode
-            if code is not None:
-                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                raise ChildProcessError(f"process {rank} {how}: {doing}")
+        ranks = {process.sentinel: rank for rank, process in enumerate(self.processes)}
+        for sentinel in wait([*ranks], seconds):
+            rank = ranks[sentinel]  # pyrefly: ignore[bad-index]
+            process = self.processes[rank]
+            process.join()  # it has let go of its files, and may still be on its way out
+            code = process.exitcode or 0
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise ChildProcessError(f"process {rank} {how}: {doing}")
 
 
 @dataclass(frozen=True)
@@ -485,13 +494,20 @@ class _Worker:
     def make(self, name: str, make: Callable[[int, Size], Training]) -> None:
         self.trainings[name] = make(self.rank, self.size)
 
+    def lead(self, name: str) -> None:
+        training = self.trainings[name]
+        for _ in range(training.lead):
+            training.step()
+
     def run(self, name: str, steps: int) -> float:
         """Takes steps, and returns the seconds that this process was at it."""
         step = self.trainings[name].step
         start = time.perf_counter()
-        for _ in range(steps):
-            step()
-        return time.perf_counter() - start
+        losses = [step() for _ in range(steps)]
+        seconds = time.perf_counter() - start
+        if any(loss is not None and math.isnan(loss) for loss in losses):
+            raise RuntimeError("what was timed was no full pipeline: a step came to no loss")
+        return seconds
 
     def settle(self, name: str) -> None:
         self.trainings[name].settle()
