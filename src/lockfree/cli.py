@@ -443,7 +443,7 @@ class Bench:
     """Measure speed or memory, as ratios of things measured in turn on this machine.
 
     Args:
-        name: Which benchmark: step, synthetic, hsic, memory or depth.
+        name: Which benchmark: step, synthetic, hsic, memory, depth or pipeline.
         json: Print one JSON object.
     """
 

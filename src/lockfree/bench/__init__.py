@@ -6,6 +6,7 @@ from typing import Any
 from lockfree.bench.depth import depth
 from lockfree.bench.hsic import hsic
 from lockfree.bench.memory import memory
+from lockfree.bench.pipeline import pipeline
 from lockfree.bench.step import step
 from lockfree.bench.synthetic import synthetic
 
@@ -15,5 +16,6 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "hsic": hsic,
     "memory": memory,
     "depth": depth,
+    "pipeline": pipeline,
 }
 """Every benchmark by its command-line name."""

@@ -7,13 +7,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-
+from lockfree.processes import begin_worker
 from lockfree.recipes.recipe import Recipe
 from lockfree.recipes.trial import Trial
 
@@ -90,16 +88,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _begin() -> None:
-    """Starts a worker: one thread, out of reach of the terminal's Ctrl-C (which is passed on once), and gone with its parent."""
-    torch.set_num_threads(1)
+    """Starts a worker, out of reach of the terminal's Ctrl-C, which is passed on once."""
+    begin_worker()
     os.setpgrp()
     signal.signal(signal.SIGINT, _interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has a parent"
-
-    def follow() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
