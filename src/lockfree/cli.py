@@ -23,6 +23,7 @@ from lockfree.advise.own_model import make_model
 from lockfree.bench import BENCHMARKS
 from lockfree.choose import choose, unknown
 from lockfree.console import candidates, download, human_bytes, print_table, progress, short, trials
+from lockfree.executors import ProcessLost
 from lockfree.experiment import (
     OPTIMIZERS,
     Experiment,
@@ -34,6 +35,8 @@ from lockfree.experiment import (
     parse_fields,
     write_report,
 )
+from lockfree.launch import LOST, end_with_launcher, launch, launched
+from lockfree.processes import first
 from lockfree.rule import LOCKS, Place, locks
 from lockfree.rules import RULES, get
 from lockfree.run import Run
@@ -57,13 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; the process's own if left out.
 
     Returns:
-        The exit code: 0 done, 2 bad usage or bad input, 130 interrupted (a checkpoint has been written).
+        The exit code: 0 done, 2 bad usage or bad input, 3 a process was lost, 130 interrupted (a checkpoint has been written).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = _commands()
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage(commands))
         return 0 if arguments else 2
+    if launched():
+        end_with_launcher()
     try:
         command = _parse(arguments[0], choose(commands, arguments[0], "command"), arguments[1:])
         command.run(arguments)
@@ -72,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, TypeError) as error:
         print(f"lockfree {arguments[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ProcessLost as error:
+        if not launched():  # else whoever has launched this process says which one has died
+            print(f"lockfree {arguments[0]}: {error}{_how_to_go_on(arguments)}", file=sys.stderr)
+        return LOST
     except KeyboardInterrupt:
         hint = _how_to_go_on(arguments)
         print(f"interrupted{hint}", file=sys.stderr)
@@ -181,12 +190,16 @@ class Train(RuleSettings):
     def run(self, argv: Sequence[str]) -> None:
         """Trains, writes the run folder, prints the result."""
         _known_rule(self.rule)
+        if self.processes > 1 and not launched() and "RANK" not in os.environ:
+            raise SystemExit(launch(argv, self.processes))
         settings = {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
         experiment = Experiment(**settings, fields=parse_fields(self.rule, list(itertools.chain(*self.set))))
         if self.resume:
             self._check_same(experiment)
         with progress(experiment.epochs, quiet=self.json) as show:
             result = experiment.run(self.out, resume=self.resume, sinks=[show, *self._tensorboard()])
+        if not first():
+            return
         if self.out is not None:
             title = f"{experiment.rule} on {experiment.data}"
             write_report(self.out / "report.html", title, [entry(experiment, result, Run.open(self.out))], _command(argv))
@@ -197,7 +210,7 @@ class Train(RuleSettings):
             raise ValueError("--resume needs the folder of the run: give --out")
         before = Run.open(self.out).config
         for name, value in experiment.config().items():
-            if name != "epochs" and json.dumps(before.get(name, value)) != json.dumps(
+            if name not in ("epochs", "processes") and json.dumps(before.get(name, value)) != json.dumps(
                 value
             ):  # an older run lacks newer settings
                 raise ValueError(

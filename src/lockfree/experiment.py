@@ -19,9 +19,11 @@ from lockfree.data import Dataset, TensorLoader, data_root, load
 from lockfree.learner import Learner, convert
 from lockfree.link import Link
 from lockfree.probes import PROBES, Probe
+from lockfree.processes import first
 from lockfree.report import Entry, write
 from lockfree.rule import LOCKS, Rule
 from lockfree.run import Run
+from lockfree.staleness import NoCorrection, correction_from
 from lockfree.timeline import play
 from lockfree.trainer import Sink, Trainer, evaluate
 
@@ -83,14 +85,22 @@ class RuleSettings(Settings):
         rule: How blocks get their credit; `lockfree rules` lists them.
         schedule: lockstep or pipelined.
         delay: Delay of every link between blocks, in ticks.
-        executor: sequential, or stacked: blocks of equal structure as one batched operation, which needs --schedule pipelined.
+        stash: Whether late gradients are taken at the weights of their own forward pass, which are kept for it.
+        correction: What repairs late gradients: none, scale, adadelay, dc-constant, dc-adaptive, gap-aware or drop, with a number
+            as in dc-adaptive:4.
+        executor: sequential; stacked: blocks of equal structure as one batched operation, which needs --schedule pipelined; or
+            pipeline: a group of blocks in each process.
+        processes: Processes that train together, each a group of blocks; above 1 the executor is pipeline.
         blocks: Number of blocks; one for each child of the network if left out.
     """
 
     rule: str = "backprop"
     schedule: str = "lockstep"
     delay: int = 0
+    stash: bool = True
+    correction: str = "none"
     executor: str = "sequential"
+    processes: int = 1
     blocks: int | None = None
 
 
@@ -108,7 +118,7 @@ class Experiment(RuleSettings):
     fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1)):
+        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("processes", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
         if not self.learning_rate > 0:
@@ -119,6 +129,13 @@ class Experiment(RuleSettings):
         choose(DECAYS, self.decay, "decay")
         models.check(self.model)
         check_device(self.device)
+        correction_from(self.correction)
+        if self.processes > 1 and self.executor == "sequential":
+            object.__setattr__(self, "executor", "pipeline")
+        if self.processes > 1 and self.executor != "pipeline":
+            raise ValueError(
+                f"executor={self.executor} trains in one process: leave processes={self.processes} out, or give pipeline"
+            )
         self.make_probes()
         self.make_rule()
 
@@ -129,6 +146,11 @@ class Experiment(RuleSettings):
     def make_probes(self) -> list[Probe]:
         """Makes the probes that are named."""
         return [choose(PROBES, name.strip(), "probe")() for name in self.probe.split(",") if name.strip()]
+
+    def make_link(self) -> Link:
+        """Makes what joins two blocks."""
+        correction = correction_from(self.correction)
+        return Link(delay=self.delay, stash=self.stash, correction=None if isinstance(correction, NoCorrection) else correction)
 
     def make_learner(self, dataset: Dataset) -> Learner:
         """Makes model and learner; initial weights come from the seed."""
@@ -144,7 +166,7 @@ class Experiment(RuleSettings):
             example_input=dataset.train.inputs[:2],
             schedule=self.schedule,
             executor=self.executor,
-            links=Link(delay=self.delay),
+            links=self.make_link(),
             accumulate=self.accumulate,
             clip_norm=self.clip_norm,
         )
@@ -162,19 +184,19 @@ class Experiment(RuleSettings):
         Raises:
             ValueError: If something is misspelt or does not fit; nothing has been written then.
         """
-        if folder is not None and not resume:
+        if folder is not None and not resume and first():
             Run.refuse_taken(folder)
         dataset = load_once(self.data, self.device)
         learner = self.make_learner(dataset)
         loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
         test = TensorLoader(*dataset.test, batch_size=1000, shuffle=False)
         run = None
-        if folder is not None:
+        if folder is not None and (resume or learner.leads):
             run = Run.open(folder) if resume else Run.create(folder, self.config())
         scheduler = _Decay(learner.optimizer, self._share_of_the_rate)
         trainer = Trainer(
             learner,
-            run=run,
+            run=run if run is not None else folder,
             resume=resume,
             sinks=sinks,
             scheduler=scheduler,
@@ -198,7 +220,7 @@ class Experiment(RuleSettings):
             "data_source": dataset.source,
             "parameters": sum(p.numel() for p in learner.model.parameters()),
         }
-        if run is not None:
+        if run is not None and learner.leads:
             run.finish(result)
         return result
 

@@ -45,6 +45,11 @@ class StepResult:
     _outcome: Outcome = field(repr=False)
 
     @property
+    def awaited(self) -> bool:
+        """Whether the loss arises in another process, so that looking at it means waiting for it."""
+        return self._outcome.awaited
+
+    @property
     def auxiliary(self) -> dict[int, Tensor]:
         """Loss of each auxiliary network that learnt, by cell."""
         return self._outcome.auxiliary_by_cell()

@@ -1,4 +1,4 @@
-"""Worker processes: what all of them do when they begin."""
+"""Processes beside this one: what workers do when they begin, and several that train one learner together."""
 
 import multiprocessing
 import os
@@ -6,6 +6,11 @@ import threading
 from multiprocessing.connection import wait
 
 import torch
+
+
+def first() -> bool:
+    """Whether this process is the first of those that ``torchrun`` has started together, or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def begin_worker() -> None:

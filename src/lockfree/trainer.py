@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lockfree.learner import Learner
+from lockfree.learner import Learner, StepResult
 from lockfree.memory import ActivationMeter
 from lockfree.probes import Probe, View
 from lockfree.rng import get_rng, set_rng, undisturbed
@@ -91,6 +91,8 @@ class Trainer:
     On Ctrl-C (or SIGTERM turned into it) the step in progress is finished, a checkpoint is written, and `KeyboardInterrupt` is
     raised; with ``resume=True`` training goes on bit-identically.
 
+    Where several processes train one learner together, each makes a trainer with the same arguments; the first one writes and tells.
+
     Args:
         learner: What `lockfree.convert` made.
         run: Folder to write to (made here; it must not hold another run), a `Run`, or ``None`` to write nothing.
@@ -133,7 +135,8 @@ class Trainer:
         self._sinks, self._log_every, self._checkpoint_every = list(sinks), log_every, checkpoint_every
         self._schedulers = [scheduler] if isinstance(scheduler, LRScheduler) else list(scheduler or ())
         self._probes, self._probe_data = list(probes), probe_data
-        self._resume = resume
+        self._resume, self._saves = resume, run is not None
+        self._untold: tuple[StepResult, int] | None = None
         self._progress = _Progress()
         for name, every in (("log_every", log_every), ("checkpoint_every", checkpoint_every)):
             if every is not None and every < 1:
@@ -149,6 +152,8 @@ class Trainer:
             return run
         if self._resume:
             return Run.open(run)
+        if not self.learner.leads:
+            return None
         return Run.create(run, {"rule": str(self.learner.rule), "model": repr(self.learner.chain)})
 
     # ---- the loop ------------------------------------------------------------------------------------------------------------
@@ -172,15 +177,14 @@ class Trainer:
         resumed = self._load(train_loader) if self._resume else None
         if resumed is None:
             self._look(end_of_epoch=True)
-            if self.run is not None:
-                self._save(train_loader, get_rng())
-        with _deferred_interrupt() as interrupted:
+            self._save(train_loader, get_rng())
+        with _deferred_interrupt(heeded=self.learner.leads) as interrupted:
             while self._progress.epoch < epochs:
                 self._epoch(train_loader, resumed, interrupted)
                 resumed = None
                 self._end_epoch(val_loader)
                 self._save(train_loader, get_rng())
-                if interrupted():
+                if self.learner.agrees(interrupted()):
                     raise KeyboardInterrupt
         return self._summary()
 
@@ -191,19 +195,18 @@ class Trainer:
         batches = self._batches(loader, resumed)
         clock = time.perf_counter()
         for x, y in batches:
-            loss = self._step(x, y)
+            self._step(x, y)
             progress.batch += 1
-            if not math.isnan(loss):  # a pipeline that fills has none yet
-                progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
             progress.samples += batch_size(x)
             now = time.perf_counter()
             progress.seconds, clock = progress.seconds + now - clock, now
             steps = self.learner.steps
             if self._look():
                 clock = time.perf_counter()
-            if interrupted() or (self._checkpoint_every and steps % self._checkpoint_every == 0):
+            stop = self.learner.stops(interrupted())
+            if stop or (self._checkpoint_every and steps % self._checkpoint_every == 0):
                 self._save(loader, start_of_epoch)
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt
                 clock = time.perf_counter()
         if not progress.batch:
@@ -229,7 +232,7 @@ class Trainer:
         set_rng(at_checkpoint)
         return batches
 
-    def _step(self, x: Values, y: Any) -> float:
+    def _step(self, x: Values, y: Any) -> None:
         # The second step of a process is watched: by then everything that is made once (optimizer state) is there.
         watched = self._progress.peak_activation_bytes is None and self._progress.batch == 1
         meter = ActivationMeter(self.learner.model, *self.learner.auxiliaries)
@@ -237,8 +240,24 @@ class Trainer:
             result = self.learner.step(x, y)
         if watched:
             self._progress.peak_activation_bytes = meter.peak
-        values: dict[str, Any] = {"step": self.learner.steps, "epoch": self._progress.epoch + 1, "loss": result.loss}
-        logged = self.learner.steps % self._log_every == 0
+        self._tell_last_step()
+        self._untold = result, self.learner.steps
+        if not result.awaited:
+            self._tell_last_step()
+
+    def _tell_last_step(self) -> None:
+        """Tells what the last step brought to light, if nobody has been told.
+
+        Looking at a loss that arises in another process means waiting for it, which is better done a step later.
+        """
+        if self._untold is None or not self.learner.leads:
+            return
+        (result, step), self._untold = self._untold, None
+        loss, progress = result.loss, self._progress
+        if not math.isnan(loss):  # a pipeline that fills has none yet
+            progress.loss_sum, progress.loss_count = progress.loss_sum + loss, progress.loss_count + 1
+        values: dict[str, Any] = {"step": step, "epoch": progress.epoch + 1, "loss": loss}
+        logged = step % self._log_every == 0
         if logged and result.auxiliary:
             learning = [cell.place.index for cell in self.learner.cells if cell.auxiliary_needs is not None]
             found = [result.auxiliary.get(index) for index in learning]  # None: it had nothing to learn from this batch
@@ -246,12 +265,12 @@ class Trainer:
         if logged and result.inputs:
             values["input_loss"] = [result.inputs[index].item() for index in sorted(result.inputs)]
         self._tell("step", values, write=logged)
-        return result.loss
 
     def _end_epoch(self, val_loader: Iterable | None) -> None:
         progress = self._progress
         clock = time.perf_counter()
         self.learner.drain()
+        self._tell_last_step()
         progress.seconds += time.perf_counter() - clock
         progress.epoch += 1
         values: dict[str, Any] = {"epoch": progress.epoch, "step": self.learner.steps}
@@ -280,6 +299,8 @@ class Trainer:
         return True
 
     def _tell(self, kind: str, values: dict[str, Any], *, write: bool) -> None:
+        if not self.learner.leads:
+            return
         if write and self.run is not None:
             self.run.log(kind, **values)
         for sink in self._sinks:
@@ -298,8 +319,9 @@ class Trainer:
     # ---- checkpoints ---------------------------------------------------------------------------------------------------------
 
     def _save(self, loader: Iterable, start_of_epoch: dict[str, Tensor]) -> None:
-        if self.run is None:
+        if not self._saves:
             return
+        self._tell_last_step()
         progress = {name: getattr(self._progress, name) for name in _Progress.__slots__}
         state = {
             "learner": self.learner.state_dict(),
@@ -308,7 +330,8 @@ class Trainer:
             "start_of_epoch": start_of_epoch,
             "schedulers": [_plain(scheduler.state_dict()) for scheduler in self._schedulers],
         }
-        self.run.save_checkpoint(self.learner.steps, state)
+        if self.run is not None and self.learner.leads:
+            self.run.save_checkpoint(self.learner.steps, state)
 
     def _load(self, loader: Iterable) -> dict[str, Tensor] | None:
         """Loads the newest whole checkpoint, if any; returns the random state at the start of its epoch."""
@@ -323,7 +346,8 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])  # after the loader's: it sets the random generators
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=False):
             scheduler.load_state_dict(saved)
-        self.run.rewind(step)
+        if self.learner.leads:
+            self.run.rewind(step)
         return state["start_of_epoch"]
 
 
@@ -361,14 +385,20 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets a step finish before Ctrl-C takes effect, since half a step could not be resumed; a second one is not held back."""
+def _deferred_interrupt(*, heeded: bool = True) -> Iterator[Callable[[], bool]]:
+    """Lets a step finish before Ctrl-C takes effect, since half a step could not be resumed; a second one is not held back.
+
+    Args:
+        heeded: Whether this process decides; one that does not is told when to stop.
+    """
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield pressed.is_set
         return
 
     def press(number: int, frame: FrameType | None) -> None:
+        if not heeded:
+            return
         if pressed.is_set():
             raise KeyboardInterrupt
         pressed.set()

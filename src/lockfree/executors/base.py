@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,7 @@ class Assembly:
                 update.drop()
 
 
+@runtime_checkable
 class Number(Protocol):
     """A loss: a tensor with one number, or what will be."""
 
@@ -139,12 +140,14 @@ class Outcome:
         auxiliary: The loss of each auxiliary network that learnt, by (cell, batch).
         inputs: The loss of each network that predicts an input and learnt, by (cell, batch).
         stacked: Losses of auxiliary networks of neighbouring cells, shape (n,), with the first cell's number.
+        awaited: Whether the losses arise in another process.
     """
 
     losses: dict[int, Number] = field(default_factory=dict)
     auxiliary: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     stacked: list[tuple[int, Tensor]] = field(default_factory=list)
+    awaited: bool = False
 
     def auxiliary_by_cell(self) -> dict[int, Tensor]:
         """Returns the loss of each auxiliary network that learnt, by cell."""

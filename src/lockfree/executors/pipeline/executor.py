@@ -224,6 +224,7 @@ class Pipeline(Executor):
         reached = tick.number - rise
         if self._news is not None and tick.first <= reached <= tick.last:
             outcome.losses[reached] = self._news.expect(reached)
+            outcome.awaited = True
 
     def _act(self, assembly: Assembly, action: Action, outcome: Outcome) -> None:
         cell, batch = assembly.cells[action.cell], action.batch

@@ -78,4 +78,5 @@ class News:
 
 def of(flight: Flight, loss: float, *, error: bool, scores: bool) -> dict[str, Any]:
     """Returns what there is to tell about a batch that has reached the top."""
-    return {"loss": torch.tensor(loss, dtype=torch.float64), "error": flight.error if error else None, "scores": flight.scores if scores else None}
+    told = {"loss": torch.tensor(loss, dtype=torch.float64)}
+    return told | {"error": flight.error if error else None, "scores": flight.scores if scores else None}

@@ -6,7 +6,7 @@ import os
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -210,6 +210,7 @@ class Groups:
         return None
 
 
+@runtime_checkable
 class Closable(Protocol):
     """What holds on to connections."""
 

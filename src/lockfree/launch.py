@@ -1,0 +1,180 @@
+"""Starting several processes of a command that train one learner together, on this machine."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO, Any
+
+LOST = 3
+"""The exit code where a process is lost."""
+
+_PARENT = "LOCKFREE_PARENT"
+_LOOKS = 0.05  # seconds between two looks
+_PATIENCE = 20.0  # seconds for the others to stop at the end of a batch
+
+
+@dataclass(slots=True)
+class _Child:
+    """One of the processes, with what it says where nobody looks."""
+
+    process: subprocess.Popen[bytes]
+    said: IO[bytes] | None
+
+    @property
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    def last_words(self) -> str:
+        """Returns the last line that it has written of an error."""
+        if self.said is None:
+            return ""
+        self.said.seek(0)
+        lines = self.said.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+
+def launched() -> bool:
+    """Whether this process is one of several that `launch` has started."""
+    return _PARENT in os.environ
+
+
+def end_with_launcher() -> None:
+    """Lets this process end with the one that launched it, however that one ends."""
+    parent = int(os.environ[_PARENT])
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(LOST)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Runs a command of this package in several processes at once, joined on the loopback; the first one prints.
+
+    A signal to stop is passed on to the first process, which tells the others. When one dies, the others get time to stop at the end
+    of a batch, and one line says which it was.
+
+    Args:
+        arguments: Of the command, its name first.
+        processes: How many, 2 or more.
+
+    Returns:
+        The exit code: that of the first process, or 3 where one was lost.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, where it outlives any of them
+        "WORLD_SIZE": str(processes),
+        "GLOO_SOCKET_IFNAME": _loopback(),
+        _PARENT: str(os.getpid()),
+    }
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(_started(arguments, rank, {"OMP_NUM_THREADS": threads, **os.environ, **shared}))
+            for rank in range(processes)
+        ]
+        stack.enter_context(_passed_on(children[0]))
+        first_to_fail = _wait(children)
+        return 0 if first_to_fail is None else _conclude(arguments[0], children, first_to_fail)
+
+
+def _loopback() -> str:
+    import socket
+
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name.startswith("lo")), names[0])
+
+
+@contextlib.contextmanager
+def _started(arguments: Sequence[str], rank: int, environment: dict[str, str]) -> Iterator[_Child]:
+    """Starts one process; afterwards it is gone, whatever happens."""
+    command = [sys.executable, "-m", "lockfree", *arguments]
+    environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    with contextlib.ExitStack() as stack:
+        said = None if rank == 0 else stack.enter_context(tempfile.TemporaryFile())
+        # In a session of its own, so that Ctrl-C on the terminal reaches it through us alone.
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=None if rank == 0 else subprocess.DEVNULL, stderr=said
+        )
+        try:
+            yield _Child(process, said)
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(child: _Child) -> Iterator[None]:
+    """Passes signals to stop on to a process."""
+
+    def send(number: int, frame: FrameType | None) -> None:
+        if child.code is None:
+            child.process.send_signal(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence[_Child]) -> int | None:
+    """Waits until all have ended; once one has failed, the others for a while. Returns the first to fail."""
+    failed, end = None, float("inf")
+    while any(child.code is None for child in children) and time.monotonic() < end:
+        if failed is None:
+            failed = _failed(children)
+            end = end if failed is None else time.monotonic() + _PATIENCE
+        time.sleep(_LOOKS)
+    return _failed(children) if failed is None else failed
+
+
+def _failed(children: Sequence[_Child]) -> int | None:
+    """Returns the one to blame: rather one that was killed than one that has lost it."""
+    codes = [(rank, child.code) for rank, child in enumerate(children) if child.code]
+    return min(codes, key=lambda found: (found[1] > 0, found[1] == LOST, found[0]))[0] if codes else None
+
+
+def _conclude(command: str, children: Sequence[_Child], rank: int) -> int:
+    """Says what has happened, where no process has; returns the exit code."""
+    worst = _failed(children)
+    rank = rank if worst is None else worst
+    code = children[rank].code or 0
+    if code in (2, 130):  # the first process has said why
+        return code
+    if code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+    else:
+        words = children[rank].last_words()
+        how = (
+            "lost its connection to another"
+            if code == LOST
+            else f"ended with exit code {code}" + (f" ({words})" if words else "")
+        )
+    print(
+        f"lockfree {command}: process {rank} of {len(children)} {how}; the others stopped at the end of a batch, go on from the last "
+        "checkpoint with the same command and --resume",
+        file=sys.stderr,
+    )
+    return LOST
