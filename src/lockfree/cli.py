@@ -1,6 +1,7 @@
-"""The command line: `lockfree train`, `compare`, `advise`, `rules`, `cite`, `data`, `bench`, `reproduce`, `simulate`."""
+"""The command line: `lockfree train`, `compare`, `advise`, `rules`, `cite`, `data`, `bench`, `replay`, `reproduce`, `simulate`."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -42,6 +43,7 @@ from lockfree.rules import RULES, get
 from lockfree.run import Run
 from lockfree.simulate.command import Simulate
 from lockfree.sinks import TensorBoard
+from lockfree.trace import read
 
 
 @runtime_checkable
@@ -105,6 +107,7 @@ def _commands() -> dict[str, type[Command]]:
         "cite": Cite,
         "data": Data,
         "bench": Bench,
+        "replay": Replay,
         "reproduce": Reproduce,
         "simulate": Simulate,
     }
@@ -515,6 +518,41 @@ class Reproduce:
         ours = f"test error in per cent, mean ± standard deviation over seeds; {recipe.scope}"
         print(ours + (f"\nin brackets the paper's: {recipe.source}" if recipe.paper else ""))
         print(f"{recipe.reference}\nresults: {out / 'results.json'}, plot: {out / 'plot.png'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Repeat a run of several processes in one, and say whether the weights are the same, bit for bit.
+
+    Args:
+        trace: The run's folder, or the trace.jsonl in it.
+        json: Print one JSON object.
+    """
+
+    trace: tyro.conf.Positional[Path]
+    json: bool = False
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Replays; the exit code is 1 if weights differ."""
+        lines = read(self.trace)
+        folder = self.trace if self.trace.is_dir() else self.trace.parent
+        experiment = Experiment.from_config(Run.open(folder).config | {"executor": "sequential", "processes": 1})
+        torch.set_num_threads(lines[0]["threads"])
+        found = experiment.replay(lines)
+        if self.json:
+            print(json.dumps({**dataclasses.asdict(found), "identical": found.identical}))
+        elif found.identical:
+            print(
+                f"{found.steps} steps of {found.processes} processes, repeated in one: all weights are the same, bit for bit, at each "
+                f"of {len(found.compared)} places"
+            )
+        elif not found.compared:
+            print("the trace tells of no weights: nothing could be compared")
+        else:
+            cell, step = min(found.differing.items(), key=lambda pair: (pair[1], pair[0]))
+            print(f"the weights differ: first those of cell {cell}, after {step} steps")
+        if not found.identical:
+            raise SystemExit(1)
 
 
 # ---- what commands share -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lockfree.rule import LOCKS, Rule
 from lockfree.run import Run
 from lockfree.staleness import NoCorrection, correction_from
 from lockfree.timeline import play
+from lockfree.trace import Line, Replayed, replay
 from lockfree.trainer import Sink, Trainer, evaluate
 
 _PROBED = 512
@@ -223,6 +224,28 @@ class Experiment(RuleSettings):
         if run is not None and learner.leads:
             run.finish(result)
         return result
+
+    def replay(self, lines: Sequence[Line]) -> Replayed:
+        """Repeats a run of several processes in this one.
+
+        Args:
+            lines: Its trace.
+
+        Raises:
+            ValueError: If the trace is not of these settings.
+        """
+        dataset = load_once(self.data, self.device)
+        learner = self.make_learner(dataset)
+        loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
+        decay = _Decay(learner.optimizer, self._share_of_the_rate)
+
+        def batches() -> Iterator[tuple[Any, Any]]:
+            for _ in range(self.epochs):
+                yield from loader
+                decay.step()  # asked for the next batch, the epoch before has been drained
+
+        learner.model.train()
+        return replay(lines, learner, batches())
 
     def _share_of_the_rate(self, epoch: int) -> float:
         return DECAYS[self.decay](min(epoch / max(self.epochs, 1), 1.0))

@@ -349,6 +349,18 @@ class Learner:
         auxiliaries = self._assembly.auxiliaries
         return None if auxiliaries is None else auxiliaries.optimizer
 
+    def schedule_at(self, batch: int) -> Schedule:
+        """Returns when things happen in the phase of the rule that a batch belongs to."""
+        return self._phase_of(batch).schedule
+
+    def trace(self) -> list[dict[str, Any]]:
+        """Returns what the processes that train together have done since this was asked last, as lines of a trace.
+
+        `lockfree.trace` says what is in it. What is done before this is asked for the first time is not taken down. All processes
+        must ask; one that trains alone has nothing to tell.
+        """
+        return self._executor.trace(self._assembly, self.steps)
+
     # ---- keeping -------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

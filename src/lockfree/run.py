@@ -8,7 +8,7 @@ import numbers
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from lockfree import checkpoint
 
 _logger = logging.getLogger(__name__)
-_CONFIG, _METRICS, _RESULT = "config.json", "metrics.jsonl", "result.json"
+_CONFIG, _METRICS, _RESULT, _TRACE = "config.json", "metrics.jsonl", "result.json", "trace.jsonl"
 # A checkpoint's folder, or one of the two beside it that a killed writer leaves.
 _CHECKPOINT = re.compile(r"(?P<step>\d{8,})|\.(?P<aside>\d{8,})\.(?:new|old)")
 _FLOAT = "$float"
@@ -172,6 +172,27 @@ class Run:
         """
         kept = [record for record in self.metrics() if record.get("step", step) <= step]
         checkpoint.write_atomically(self.folder / _METRICS, "".join(_dumps(record) + "\n" for record in kept))
+
+    def append_trace(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Writes what the processes of a run did to the end of `trace.jsonl`.
+
+        Args:
+            lines: As `Learner.trace` returns them.
+        """
+        if lines:
+            with open(self.folder / _TRACE, "a") as file:
+                file.write("".join(_dumps(line) + "\n" for line in lines))
+
+    def cut_trace(self, keep: int) -> None:
+        """Drops the end of `trace.jsonl`: steps that a resumed run takes again.
+
+        Args:
+            keep: How many lines stay, 0 or more.
+        """
+        path = self.folder / _TRACE
+        if path.exists():
+            known = path.read_text().split("\n")[:keep]
+            checkpoint.write_atomically(path, "".join(line + "\n" for line in known))
 
     def save_checkpoint(self, step: int, state: Mapping[Any, Any], *, keep: int = 2) -> Path:
         """Writes a checkpoint, and deletes those that it makes needless only when it is whole.

@@ -51,6 +51,7 @@ class _Progress:
     seconds: float = 0.0
     samples: int = 0
     peak_activation_bytes: int | None = None
+    traced: int = 0  # lines of the trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +323,10 @@ class Trainer:
         if not self._saves:
             return
         self._tell_last_step()
+        lines = self.learner.trace()
+        if self.run is not None and self.learner.leads:
+            self.run.append_trace(lines)
+            self._progress.traced += len(lines)
         progress = {name: getattr(self._progress, name) for name in _Progress.__slots__}
         state = {
             "learner": self.learner.state_dict(),
@@ -346,8 +351,10 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])  # after the loader's: it sets the random generators
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=False):
             scheduler.load_state_dict(saved)
+        self.learner.trace()  # what is done from here on is told with the next checkpoint
         if self.learner.leads:
             self.run.rewind(step)
+            self.run.cut_trace(self._progress.traced)
         return state["start_of_epoch"]
 
 

@@ -218,6 +218,15 @@ class Executor(ABC):
     def spread(self, assembly: Assembly) -> None:  # noqa: B027
         """Lets this process know the present weights of all blocks."""
 
+    def trace(self, assembly: Assembly, step: int) -> list[dict[str, Any]]:
+        """Returns what the processes have done since this was asked last, as lines of a trace; one alone has nothing to tell.
+
+        Args:
+            assembly: What is worked on.
+            step: Steps taken.
+        """
+        return []
+
     def stops(self, wanted: bool, step: int) -> bool:
         """Whether training is to end after so many steps, the same in all processes.
 

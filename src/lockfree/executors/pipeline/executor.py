@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from lockfree.flight import Flight
 from lockfree.rng import get_rng
 from lockfree.rule import Needs, Rule
 from lockfree.schedule import Action, Kind, Tick
+from lockfree.trace import Line, Recorder, fingerprints
 from lockfree.values import tensors
 
 _logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class Pipeline(Executor):
         self._kinds: dict[int, Hashable] = {}
         self._word = Word()
         self._filled = 0  # the step from which on every process is at most one batch behind the one below
+        self._recorder: Recorder | None = None  # once somebody asks for a trace
+        self._told, self._start = False, 0.0  # whether the trace has been begun; when this process joined the others
         self._whole = True  # whether this process knows the present weights of every block
 
     # ---- setting up ----------------------------------------------------------------------------------------------------------
@@ -142,6 +146,7 @@ class Pipeline(Executor):
         world.spread(state.tensors_of(assembly, range(len(cells))), source=0)
         assembly.streams.seed = world.from_first(lambda: assembly.streams.seed)
         self._connect(assembly)
+        self._start = time.perf_counter()
         self._whole = False
 
     def _connect(self, assembly: Assembly) -> None:
@@ -201,10 +206,31 @@ class Pipeline(Executor):
     def _run(self, assembly: Assembly, tick: Tick) -> Outcome:
         outcome = Outcome()
         self._whole = False
+        began, waited = time.perf_counter(), self.world.waited
         self._expect(assembly, tick, outcome)
         own = [action for action in tick if action.cell in self._own]
         run_in_order(assembly, own, lambda action: self._act(assembly, action, outcome))
+        seconds = time.perf_counter() - began
+        if self._recorder is not None:
+            self._recorder.note(tick, own, began=began - self._start, seconds=seconds, waited=self.world.waited - waited)
         return outcome
+
+    def trace(self, assembly: Assembly, step: int) -> list[Line]:
+        """Returns what the processes have done since this was asked last."""
+        world = self.world
+        if world.size > 1 and self._recorder is None:
+            self._recorder = Recorder(world.rank)
+        if not self._crossings or self._recorder is None:
+            return []
+        prints = {"kind": "weights", "process": world.rank, "step": step, "cells": fingerprints(assembly.own_cells)}
+        header = [] if self._told else [self._header(assembly)]
+        self._told = True
+        return header + [line for lines in world.from_each([*self._recorder.take(), prints]) for line in lines]
+
+    def _header(self, assembly: Assembly) -> Line:
+        groups = [[group.start, group.stop] for group in self._groups]
+        how = {"schedule": assembly.schedule.name, "links": list(map(repr, assembly.links)), "threads": torch.get_num_threads()}
+        return {"kind": "header", "processes": self.world.size, "groups": groups, **how}
 
     @property
     def _own(self) -> range:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -48,6 +49,7 @@ class World:
     Attributes:
         rank: Number of this process.
         size: How many there are.
+        waited: Seconds that this process has waited for others.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
@@ -56,6 +58,7 @@ class World:
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self._tag = next(_serials) * _TAGS_OF_A_LEARNER
+        self.waited = 0.0
         self._broken: Exception | None = None
         self._groups: Groups | None = None
         if self.size > 1:
@@ -136,6 +139,7 @@ class World:
             ProcessLost: If a process has gone.
             FailedElsewhere: If one has ended with an error.
         """
+        began = time.perf_counter()
         try:
             wait()
         except RuntimeError as error:
@@ -143,6 +147,7 @@ class World:
             found = self._what_happened(peer)
             self.break_off(found)
             raise found from error
+        self.waited += time.perf_counter() - began
 
     def _what_happened(self, peer: int | None) -> Exception:
         if self._groups is None:
