@@ -161,7 +161,7 @@ class ExecutorCase:
 EXECUTORS = (
     ExecutorCase(name="sequential"),
     ExecutorCase(name="stacked", schedules=("pipelined",)),
-    ExecutorCase(name="pipeline"),  # of one process here; of several in test_pipeline.py
+    ExecutorCase(name="pipeline", schedules=()),  # takes several processes: test_pipeline.py
 )
 assert {row.name for row in EXECUTORS} == set(KNOWN_EXECUTORS)
 

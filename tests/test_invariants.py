@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import lockfree as lf
 from lockfree import checkpoint
 from lockfree.memory import ActivationMeter
+from lockfree.rng import Streams
 from lockfree.schedule import Kind
 from lockfree.stash import Stash
 
@@ -242,6 +243,7 @@ class Naive:
     def __init__(self, learner, model, kind, loss, optimizer, auxiliary_optimizer):
         self.kind, self.rule, self.loss = kind, learner.rule, loss
         self.model = model
+        self.streams = Streams(learner._assembly.streams.seed) if learner.schedule.overlapping else None
         self.auxiliaries, self.imaginations = (
             nn.ModuleList(nn.ModuleList() if one is None else copy.deepcopy(one) for one in parts)
             for parts in ([cell.auxiliary for cell in learner.cells], map(imagination_of, learner.cells))
@@ -254,6 +256,8 @@ class Naive:
 
     def tick(self, actions, batches):
         for cell, kind, batch in actions:
+            if self.streams is not None:
+                self.streams.begin(cell, kind, batch)
             getattr(self, kind.name.lower())(cell, batch, batches)
         for optimizer in (self.optimizer, self.auxiliary_optimizer):
             if optimizer is not None:

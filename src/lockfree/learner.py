@@ -109,7 +109,7 @@ class Learner:
             Diverged: If the loss is not finite; the message names the cell and the step.
         """
         self._check_batch(x, y)
-        self._executor.prepare(self._assembly, lambda: self._seconds(x, y))
+        self._executor.prepare(self._assembly, self.steps - 1, lambda: self._seconds(x, y))
         self._enter(self._phase_of(self.steps))
         tick = self.steps
         fed = detach(self._phase.rule.feed(self._trained, x, y, tick))

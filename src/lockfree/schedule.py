@@ -112,8 +112,8 @@ class Schedule:
 
     @property
     def overlapping(self) -> bool:
-        """Whether a batch enters before the one before it is finished, so that blocks are at work on several at a time."""
-        return self.depth > 0
+        """Whether blocks need not run in the order of a plain loop: they may be at work on several batches, or on none that is whole."""
+        return self.cells > 1 and (self.hop > 0 or self.depth > 0)
 
     def remaining(self, batch: int, tick: int, cells: range | None = None) -> int:
         """Returns the number of actions of a batch that are to come once those of a tick are done.

@@ -190,11 +190,12 @@ class Executor(ABC):
         """
         return True
 
-    def prepare(self, assembly: Assembly, seconds: Callable[[], Sequence[float]]) -> None:  # noqa: B027
-        """Gets ready for the first step.
+    def prepare(self, assembly: Assembly, tick: int, seconds: Callable[[], Sequence[float]]) -> None:  # noqa: B027
+        """Gets ready for the first step, or the first one after a state was loaded.
 
         Args:
-            assembly: What will be worked on.
+            assembly: What will be worked on, the same in each process.
+            tick: The last one that was run, -1 if none was.
             seconds: Measures how long each cell takes on a batch.
         """
 

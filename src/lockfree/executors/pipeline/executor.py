@@ -125,13 +125,8 @@ class Pipeline(Executor):
                 'has that: use executor="sequential"'
             )
 
-    def prepare(self, assembly: Assembly, seconds: Callable[[], Sequence[float]]) -> None:
-        """Shares the blocks out, before the first step.
-
-        Args:
-            assembly: What is worked on, the same in each process.
-            seconds: Measures how long each cell takes on a batch.
-        """
+    def prepare(self, assembly: Assembly, tick: int, seconds: Callable[[], Sequence[float]]) -> None:
+        """Shares the blocks out, before the first step."""
         if self._groups:
             return
         world, cells = self.world, assembly.cells
@@ -146,8 +141,8 @@ class Pipeline(Executor):
         world.spread(state.tensors_of(assembly, range(len(cells))), source=0)
         assembly.streams.seed = world.from_first(lambda: assembly.streams.seed)
         self._connect(assembly)
+        self.adopt(assembly, tick)
         self._start = time.perf_counter()
-        self._whole = False
 
     def _connect(self, assembly: Assembly) -> None:
         """Puts crossings in the place of the links between processes."""
@@ -255,7 +250,7 @@ class Pipeline(Executor):
     def _act(self, assembly: Assembly, action: Action, outcome: Outcome) -> None:
         cell, batch = assembly.cells[action.cell], action.batch
         if self._news is not None and _looks_at_the_error(cell, action.kind):
-            self._news.until(batch)
+            self._news.fetch(batch)
         if assembly.schedule.overlapping:
             act(assembly, action, outcome)
         else:
@@ -325,7 +320,14 @@ class Pipeline(Executor):
         self._whole = True
 
     def forget(self) -> None:
-        """Forgets nothing: what has been sent is taken in and put back by whoever clears."""
+        """Takes in all that has been sent, and drops it, so that nothing of it turns up later."""
+        if self._world is None or self._world.broken:
+            return
+        for crossing in self._crossings:
+            crossing.catch_up()
+            crossing.clear()
+        if self._news is not None:
+            self._news.catch_up()
 
     # ---- when to stop --------------------------------------------------------------------------------------------------------
 

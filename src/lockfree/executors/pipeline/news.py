@@ -20,14 +20,13 @@ class Awaited:
     """The loss of a batch, which is waited for when somebody looks."""
 
     batch: int
-    _come: Callable[[int], None]
+    _come: Callable[[], None]
     value: float | None = None
 
     def item(self) -> float:
         """Returns the number."""
-        if self.value is None:
-            self._come(self.batch)
-        assert self.value is not None, "losses come in turn"
+        while self.value is None:
+            self._come()
         return self.value
 
 
@@ -50,15 +49,15 @@ class News:
     def expect(self, batch: int) -> Awaited:
         """Returns the loss of a batch that reaches the top in this tick."""
         self._channel.expect(self._kind_of(batch), batch)
-        awaited = Awaited(batch, self.until)
+        awaited = Awaited(batch, self._come)
         self._awaited.append(awaited)
         while len(self._awaited) > AT_A_TIME:
             self._come()
         return awaited
 
-    def until(self, batch: int) -> None:
-        """Waits for the news of a batch, and of those before it."""
-        while self._awaited and self._awaited[0].batch <= batch:
+    def fetch(self, batch: int) -> None:
+        """Waits for the news of a batch, unless they have come."""
+        while any(awaited.batch == batch for awaited in self._awaited):
             self._come()
 
     def catch_up(self) -> None:

@@ -167,7 +167,9 @@ class Channel:
 
     def agree(self, kind: Hashable, layout: Layout) -> None:
         """Says how parcels of a kind are laid out, where the other process knows that, too."""
-        self._layouts.setdefault(kind, layout)
+        if kind not in self._layouts:
+            self._layouts[kind] = layout
+            self._make_room()
 
     @property
     def _carrier(self) -> Any:

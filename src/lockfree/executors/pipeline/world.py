@@ -107,6 +107,11 @@ class World:
 
     # ---- when something goes wrong -------------------------------------------------------------------------------------------
 
+    @property
+    def broken(self) -> bool:
+        """Whether something went wrong, here or elsewhere, after which the processes have parted."""
+        return self._broken is not None
+
     def refuse_broken(self) -> None:
         """Refuses to go on after something went wrong here or elsewhere.
 
