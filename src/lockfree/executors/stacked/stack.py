@@ -33,7 +33,6 @@ class Stack:
         # What a tick makes is what the next one takes, one cell further up; they write to two pieces of memory in turn.
         self._registers: list[Tensor] = []
         self._outputs = torch.empty(0)
-        self._messages: Tensor | None = None  # with room for the one from above
 
     def batches(self, tick: int) -> list[int]:
         """Returns the batch that each cell works on in a tick."""
@@ -49,7 +48,6 @@ class Stack:
             # The bottom cell's input and the top cell's output are not there yet.
             now = torch.stack([torch.empty_like(taken[0]), *taken, torch.empty_like(taken[0])])
             self._registers = [now, torch.empty_like(now)]
-            self._messages = torch.empty_like(now) if self._reports else None
         self.credits.enter(self._assembly, tick)
 
     def leave(self, tick: int) -> None:
@@ -64,32 +62,33 @@ class Stack:
         """F and L of every cell; returns a number that is finite if all that they made is. No weight has changed."""
         batch = tick - self._ages[0]
         bottom = self._assembly.flights[batch].inputs if self._below is None else self._below.take(batch)
-        inputs, outputs, messages = self._shift(bottom.detach())
+        inputs, outputs = self._shift(bottom.detach())
         self.blocks.forward(inputs, outputs)
         credit = self.credits.take(self._assembly, tick, inputs, outputs, outcome)
-        self.blocks.backward(credit, messages)
+        self.blocks.backward(credit, reports=self._reports)
         if self._above is not None:
             self._above.lift(tick - self._ages[-1], outputs[-1].clone().requires_grad_())
         if self._sends:
             assert self._below is not None, "who reports has a cell below"
-            assert messages is not None, "who reports has a message"
-            self._below.send(batch, (messages[0].clone(),))
+            message = torch.empty_like(inputs[:1])
+            self.blocks.report(message)
+            self._below.send(batch, (message[0],))
         self._outputs = outputs
         return (outputs[0] if self.credits.shows_what_is_above else outputs).sum()
 
-    def _shift(self, bottom: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the inputs of a tick, the room for its outputs, and that for its messages if anyone wants them."""
+    def _shift(self, bottom: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the inputs of a tick and the room for its outputs."""
         if len(self.cells) == 1:
             inputs = bottom[None]
-            return inputs, self.blocks.room(inputs), torch.empty_like(inputs) if self._reports else None
+            return inputs, self.blocks.room(inputs)
         now, following = self._registers
         self._registers = [following, now]
         now[0].copy_(bottom)
-        return now[:-1], following[1:], None if self._messages is None else self._messages[:-1]
+        return now[:-1], following[1:]
 
     def learn(self, tick: int, outcome: Outcome) -> Tensor | None:
         """A of every cell; returns a number that is finite if all their losses are. No weight has changed."""
-        return self.credits.learn(self._assembly, tick, self._messages, outcome)
+        return self.credits.learn(self._assembly, tick, self.blocks, outcome)
 
     def refuse_what_is_not_finite(self, tick: int, outcome: Outcome) -> None:
         """Names the first value that is not finite."""
