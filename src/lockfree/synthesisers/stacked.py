@@ -33,7 +33,7 @@ class LinearCredits(CreditStack):
         self._table = ParameterStack([network.table for network in networks])
         self.parameters = [self._weight, self._table]
         self._classes, self._labels, self.sees_targets = networks[0].classes, labels, labels is not None
-        self._transposed = self._weight.value.transpose(1, 2)
+        self._transposed = self._weight.value.mT
         # What the predictions whose truth is to come were made from; they themselves are `awaiting`.
         self._rows = torch.empty(0)
         self._label: Tensor | None = None
@@ -72,7 +72,7 @@ class LinearCredits(CreditStack):
     def learn(self) -> Tensor:
         self._missed = self.awaiting
         missed = self._missed.flatten(1, -2)
-        gradient = missed.sum(1, keepdim=True) if self._label is None else torch.bmm(self._label.transpose(1, 2), missed)
+        gradient = missed.sum(1, keepdim=True) if self._label is None else torch.bmm(self._label.mT, missed)
         self._table_gradient = gradient
         # Every miss has a part in it, so it is finite only if they all are; their own squares are many more.
         return torch.dot(gradient.view(-1), gradient.view(-1))
@@ -83,7 +83,7 @@ class LinearCredits(CreditStack):
         return torch.linalg.vector_norm(missed.flatten(1), dim=1).square_().mul_(missed.shape[1] / 2)
 
     def descend(self, descent: Descent) -> None:
-        descent.follow_product(self._weight, self._missed.flatten(1, -2).transpose(1, 2), self._rows)
+        descent.follow_product(self._weight, self._missed.flatten(1, -2).mT, self._rows)
         descent.follow(self._table, self._table_gradient)
         assert self._next is not None, "credit comes before learning"
         self._rows, self.awaiting, self._label = self._next

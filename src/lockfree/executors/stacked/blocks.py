@@ -64,11 +64,10 @@ class Activation(NamedTuple):
     differentiate: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-# Overloads are named, since finding the one that fits takes longer than some of these operations.
+# Overloads are named: to find the one that fits takes about as long as such an operation.
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: Activation(torch.relu_, lambda credit, value, room: _relu_backward(credit, value, 0, grad_input=room)),
@@ -111,7 +110,7 @@ class AffineBlocks(BlockStack):
         self._bias = ParameterStack(biases) if biases else None
         self.parameters = [self._weight] + ([self._bias] if self._bias else [])
         self._activation = activation
-        self._transposed = self._weight.value.transpose(1, 2)
+        self._transposed = self._weight.value.mT
         self._offset = None if self._bias is None else self._bias.value[:, None]
         self._x = self._y = self._g = torch.empty(0)
         self._gradient_room = torch.empty(0)
@@ -134,11 +133,11 @@ class AffineBlocks(BlockStack):
         self._g = self._activation.differentiate(credit.flatten(1, -2), self._y, self._gradient_room)
 
     def report(self, messages: Tensor, *, first: int = 0, beta: float = 0.0, alpha: float = 1.0) -> None:
-        cells = slice(first, first + len(messages))
+        cells = slice(first, first + messages.shape[0])
         messages.flatten(1, -2).baddbmm_(self._g[cells], self._weight.value[cells], beta=beta, alpha=alpha)
 
     def descend(self, descent: Descent) -> None:
-        descent.follow_product(self._weight, self._g.transpose(1, 2), self._x)
+        descent.follow_product(self._weight, self._g.mT, self._x)
         if self._bias is not None:
             descent.follow(self._bias, self._g.sum(1))
 

@@ -169,13 +169,20 @@ class OneByOne(Credits):
 class FromLoss(Credits):
     """The top cell: the loss's own gradient."""
 
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        super().__init__(cells)
+        self._loss = torch.empty(0)
+
     def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
         batch = tick - (assembly.schedule.age(self.cells[0].place.index, Kind.FORWARD) or 0)
         scores = outputs[0].detach().requires_grad_()
         loss = assembly.objective.evaluate(scores, assembly.flights[batch].target)
         (error,) = torch.autograd.grad(loss, scores)
-        outcome.losses[batch] = loss.detach()
+        outcome.losses[batch] = self._loss = loss.detach()
         return error[None]
+
+    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
+        return self._loss
 
 
 def credits_for(cells: Sequence[Cell], inputs: Sequence[Tensor], assembly: Assembly, tick: int) -> Credits | None:
