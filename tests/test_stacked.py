@@ -77,14 +77,24 @@ def pair(name="affine", rule=None, *, optimizer=sgd, dtype=torch.float64, schedu
     ]
 
 
-def learner(made, rule, executor, *, optimizer=sgd, dtype=torch.float64, schedule=SCHEDULES[3], **more):
+def learner(
+    made,
+    rule,
+    executor,
+    *,
+    optimizer=sgd,
+    dtype=torch.float64,
+    schedule=SCHEDULES[3],
+    loss=nn.functional.cross_entropy,
+    **more,
+):
     build, shape = made
     torch.manual_seed(0)
     model = build().to(dtype)
     return lf.convert(
         model,
         rule,
-        loss=nn.functional.cross_entropy,
+        loss=loss,
         optimizer=optimizer,
         example_input=torch.zeros(2, *shape, dtype=dtype),
         schedule=schedule.schedule,
@@ -205,6 +215,16 @@ def learner_of_sequences(made, executor):
         schedule="pipelined",
         executor=executor,
     )
+
+
+@pytest.mark.parametrize("rule", FEW)
+def test_losses_beside_can_be_read_at_any_time_after(rule):
+    learners = pair(rule=FEW[rule])
+    kept = [[one.step(x, y) for one in learners] for x, y in batches(14)]
+    for ours, theirs in kept:
+        assert {cell: loss.item() for cell, loss in ours.auxiliary.items()} == pytest.approx(
+            {cell: loss.item() for cell, loss in theirs.auxiliary.items()}, rel=1e-5, abs=1e-9
+        )
 
 
 OPTIMIZERS = {
@@ -495,6 +515,23 @@ def test_what_is_not_finite_ends_training_and_nothing_has_changed(where):
     assert said[0].split(";")[0] == said[1].split(";")[0]
     for one, state in zip(learners, before, strict=True):
         torch.testing.assert_close(dict(one.model.state_dict()), dict(state), rtol=0, atol=0, equal_nan=True)
+
+
+def infinite_for_class_2(scores, target):
+    return nn.functional.cross_entropy(scores, target) + (math.inf if target[0] == 2 else 0.0)
+
+
+def test_an_infinite_loss_of_finite_scores_is_refused():
+    layers = [nn.Linear(6, WIDTH), *(dense(nn.ReLU)() for _ in range(3)), nn.Linear(WIDTH, CLASSES)]
+    made = learner((lambda: nn.Sequential(*layers), (6,)), DNI(), "stacked", loss=infinite_for_class_2)
+    x, target = batches(1)[0][0], torch.zeros(8, dtype=torch.int64)
+    for index in range(12):
+        made.step(x, target + 2 if index == 8 else target)
+    assert stacked_cells(made)[-1] == [4]
+    before = copy.deepcopy(made.model.state_dict())
+    with pytest.raises(lf.Diverged, match="the loss is inf at step 9"):
+        made.step(x, target)
+    torch.testing.assert_close(dict(made.model.state_dict()), dict(before), rtol=0, atol=0)
 
 
 def test_it_is_one_of_the_executors():

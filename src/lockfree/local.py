@@ -150,7 +150,10 @@ class StackedLosses(CreditStack):
         self._found = losses.detach()
         return credit
 
-    def learn(self, truth: Tensor | None) -> Tensor:
+    def learn(self) -> Tensor:
+        return self._found.sum()
+
+    def losses(self) -> Tensor:
         return self._found
 
     def descend(self, descent: Descent) -> None:

@@ -164,11 +164,14 @@ class CreditStack(ABC):
     Attributes:
         parameters: What the auxiliary networks learn.
         waits: Whether they learn from the message that arrives one tick after the credit was taken, not in the same tick.
+        awaiting: Of those that wait, the credit that was taken one tick ago, shape of the outputs. The messages from above are
+            subtracted from it before they learn, so that what remains is what they missed the truth by.
         sees_targets: Whether credit depends on the batches, not on the outputs alone.
     """
 
     parameters: Sequence[ParameterStack] = ()
     waits: bool = False
+    awaiting: Tensor = torch.empty(0)
     sees_targets: bool = True
 
     @property
@@ -201,12 +204,12 @@ class CreditStack(ABC):
         """
 
     @abstractmethod
-    def learn(self, truth: Tensor | None) -> Tensor:
-        """Works out what the auxiliary networks learn, and returns the loss of each, shape (n,).
+    def learn(self) -> Tensor:
+        """Works out what the auxiliary networks learn, and returns a number that is finite if their losses are."""
 
-        Args:
-            truth: The messages from above, shape of the outputs; ``None`` unless it waits for them.
-        """
+    @abstractmethod
+    def losses(self) -> Tensor:
+        """Returns the loss of each auxiliary network that has learnt last, shape (n,); asked before the next `credit`, if at all."""
 
     @abstractmethod
     def descend(self, descent: Descent) -> None:

@@ -131,6 +131,24 @@ class Number(Protocol):
         ...
 
 
+class Losses:
+    """Losses of the auxiliary networks of neighbouring cells, worked out when somebody looks.
+
+    Args:
+        evaluate: Works them out, shape (n,).
+    """
+
+    def __init__(self, evaluate: Callable[[], Tensor]) -> None:
+        self._evaluate = evaluate
+        self._values: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """Returns them, from now on the same."""
+        if self._values is None:
+            self._values = self._evaluate()
+        return self._values
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a run of actions brought to light.
@@ -139,21 +157,21 @@ class Outcome:
         losses: The loss of each batch that reached the top, by batch; one that arose elsewhere is waited for when it is looked at.
         auxiliary: The loss of each auxiliary network that learnt, by (cell, batch).
         inputs: The loss of each network that predicts an input and learnt, by (cell, batch).
-        stacked: Losses of auxiliary networks of neighbouring cells, shape (n,), with the first cell's number.
+        stacked: Losses of auxiliary networks of neighbouring cells, with the first cell's number.
         awaited: Whether the losses arise in another process.
     """
 
     losses: dict[int, Number] = field(default_factory=dict)
     auxiliary: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    stacked: list[tuple[int, Tensor]] = field(default_factory=list)
+    stacked: list[tuple[int, Losses]] = field(default_factory=list)
     awaited: bool = False
 
     def auxiliary_by_cell(self) -> dict[int, Tensor]:
         """Returns the loss of each auxiliary network that learnt, by cell."""
         found = {cell: loss for (cell, _), loss in self.auxiliary.items()}
         for first, losses in self.stacked:
-            found |= enumerate(losses.unbind(), start=first)
+            found |= enumerate(losses.read().unbind(), start=first)
         return found
 
 

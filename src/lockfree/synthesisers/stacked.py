@@ -33,55 +33,57 @@ class LinearCredits(CreditStack):
         self._table = ParameterStack([network.table for network in networks])
         self.parameters = [self._weight, self._table]
         self._classes, self._labels, self.sees_targets = networks[0].classes, labels, labels is not None
-        self._transposed = self._weight.value.transpose(1, 2)
-        # Of the predictions whose truth is to come, and, once it is there, of what they missed it by.
-        self._rows = self._credit = self._missed = torch.empty(0)
+        self._transposed = self._weight.value.mT
+        # What the predictions whose truth is to come were made from; they themselves are `awaiting`.
+        self._rows = torch.empty(0)
         self._label: Tensor | None = None
         # The predictions of the present tick wait here, until the truth of those of the last one has been learnt from.
         self._next: tuple[Tensor, Tensor, Tensor | None] | None = None
-        self._spare = torch.empty(0)  # memory of predictions that have been learnt from
+        # What the last predictions missed the truth by; its memory is that of the next ones.
+        self._missed = self._table_gradient = torch.empty(0)
 
     def enter(self, memos: Sequence[list[Prediction]]) -> None:
         predictions = [prediction for (prediction,) in memos]
-        self._credit = torch.stack([one.credit for one in predictions])
+        self.awaiting = torch.stack([one.credit for one in predictions])
         stored = [LinearSynthesiser.opened(one) for one in predictions]
         self._rows = torch.stack([rows for rows, _ in stored])
         self._label = None if self._labels is None else torch.stack([label for _, label in stored if label is not None])
 
     def leave(self) -> Sequence[list[Prediction]]:
         labels = [None] * len(self._rows) if self._label is None else list(self._label.clone().unbind())
-        rows, credits = self._rows.clone().unbind(), self._credit.clone().unbind()
+        rows, credits = self._rows.clone().unbind(), self.awaiting.clone().unbind()
         return [[Prediction(c, (r, label))] for c, r, label in zip(credits, rows, labels, strict=True)]
 
     def credit(self, outputs: Tensor, flights: Sequence[Flight]) -> Tensor:
         rows, samples = outputs.flatten(1, -2), outputs.shape[1]
-        label = None
+        credit = self._missed if self._missed.shape == outputs.shape else torch.empty_like(outputs)
+        predicted, table, label = credit.flatten(1, -2), self._table.value / samples, None
         if self._labels is None:
-            credit = self._spare if self._spare.shape == rows.shape else torch.empty_like(rows)
-            torch.baddbmm(self._table.value, rows, self._transposed, beta=1 / samples, alpha=1 / samples, out=credit)
+            torch.baddbmm(table, rows, self._transposed, alpha=1 / samples, out=predicted)
         else:
             each = [self._labels(flight.shared, flight.target, outputs[0], self._classes) for flight in flights]
             label = torch.stack(each).to(rows.dtype)
             if label.shape[1] != rows.shape[1]:  # one label for all steps of a sequence
                 label = label.repeat_interleave(rows.shape[1] // samples, dim=1)
-            credit = torch.bmm(label, self._table.value)
-            credit.baddbmm_(rows, self._transposed, beta=1 / samples, alpha=1 / samples)
-        credit = credit.view(outputs.shape)
+            torch.bmm(label, table, out=predicted).baddbmm_(rows, self._transposed, alpha=1 / samples)
         self._next = rows, credit, label
         return credit
 
-    def learn(self, truth: Tensor | None) -> Tensor:
-        assert truth is not None, "synthesisers wait for the truth"
-        self._missed = self._credit.sub_(truth).flatten(1, -2)
-        return torch.linalg.vector_norm(self._missed, dim=(1, 2)).square_().mul_(len(truth[0]) / 2)
+    def learn(self) -> Tensor:
+        self._missed = self.awaiting
+        missed = self._missed.flatten(1, -2)
+        gradient = missed.sum(1, keepdim=True) if self._label is None else torch.bmm(self._label.mT, missed)
+        self._table_gradient = gradient
+        # Every miss has a part in it, so it is finite only if they all are; their own squares are many more.
+        return torch.dot(gradient.view(-1), gradient.view(-1))
+
+    def losses(self) -> Tensor:
+        """Returns m/2 of the squared norm of what each missed the mean loss's gradient by."""
+        missed = self._missed
+        return torch.linalg.vector_norm(missed.flatten(1), dim=1).square_().mul_(missed.shape[1] / 2)
 
     def descend(self, descent: Descent) -> None:
-        missed = self._missed
-        descent.follow_product(self._weight, missed.transpose(1, 2), self._rows)
-        if self._label is None:
-            descent.follow(self._table, missed.sum(1, keepdim=True))
-        else:
-            descent.follow_product(self._table, self._label.transpose(1, 2), missed)
+        descent.follow_product(self._weight, self._missed.flatten(1, -2).mT, self._rows)
+        descent.follow(self._table, self._table_gradient)
         assert self._next is not None, "credit comes before learning"
-        self._spare = missed
-        self._rows, self._credit, self._label = self._next
+        self._rows, self.awaiting, self._label = self._next

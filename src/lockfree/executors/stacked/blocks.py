@@ -33,8 +33,19 @@ class BlockStack(ABC):
         """Runs the blocks on ``inputs``, shape (n, m, ...), and writes what they make to ``outputs``."""
 
     @abstractmethod
-    def backward(self, credit: Tensor, messages: Tensor | None) -> None:
-        """Takes the credit, shape of the outputs, and writes dL/dx to ``messages``, shape of the inputs, if anyone wants it."""
+    def backward(self, credit: Tensor, *, reports: bool) -> None:
+        """Takes the credit, shape of the outputs; ``reports``: somebody will ask for dL/dx."""
+
+    @abstractmethod
+    def report(self, messages: Tensor, *, first: int = 0, beta: float = 0.0, alpha: float = 1.0) -> None:
+        r"""Sets messages of the last `backward`: $m \leftarrow \beta m + \alpha\,\partial L/\partial x$.
+
+        Args:
+            messages: m of some neighbouring cells, shape of their inputs.
+            first: Which cell of the stack comes first in it.
+            beta: How much is kept of what is there; if 0, it need not be finite.
+            alpha: How much comes of the cells' own.
+        """
 
     @abstractmethod
     def descend(self, descent: Descent) -> None:
@@ -53,13 +64,15 @@ class Activation(NamedTuple):
     differentiate: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-_aten = torch.ops.aten
-
+# Overloads are named: to find the one that fits takes about as long as such an operation.
+_relu_backward = torch.ops.aten.threshold_backward.grad_input
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: Activation(torch.relu_, lambda credit, value, room: _aten.threshold_backward(credit, value, 0, grad_input=room)),
-    nn.Tanh: Activation(torch.tanh_, lambda credit, value, room: _aten.tanh_backward(credit, value, grad_input=room)),
-    nn.Sigmoid: Activation(torch.sigmoid_, lambda credit, value, room: _aten.sigmoid_backward(credit, value, grad_input=room)),
+    nn.ReLU: Activation(torch.relu_, lambda credit, value, room: _relu_backward(credit, value, 0, grad_input=room)),
+    nn.Tanh: Activation(torch.tanh_, lambda credit, value, room: _tanh_backward(credit, value, grad_input=room)),
+    nn.Sigmoid: Activation(torch.sigmoid_, lambda credit, value, room: _sigmoid_backward(credit, value, grad_input=room)),
 }
 _IDENTITY = Activation(lambda values: values, lambda credit, value, room: credit)
 
@@ -97,7 +110,7 @@ class AffineBlocks(BlockStack):
         self._bias = ParameterStack(biases) if biases else None
         self.parameters = [self._weight] + ([self._bias] if self._bias else [])
         self._activation = activation
-        self._transposed = self._weight.value.transpose(1, 2)
+        self._transposed = self._weight.value.mT
         self._offset = None if self._bias is None else self._bias.value[:, None]
         self._x = self._y = self._g = torch.empty(0)
         self._gradient_room = torch.empty(0)
@@ -114,15 +127,17 @@ class AffineBlocks(BlockStack):
         self._activation.apply(y)
         self._x, self._y = x, y
 
-    def backward(self, credit: Tensor, messages: Tensor | None) -> None:
+    def backward(self, credit: Tensor, *, reports: bool) -> None:
         if self._gradient_room.shape != self._y.shape:
             self._gradient_room = torch.empty_like(self._y)
         self._g = self._activation.differentiate(credit.flatten(1, -2), self._y, self._gradient_room)
-        if messages is not None:
-            torch.bmm(self._g, self._weight.value, out=messages.flatten(1, -2))
+
+    def report(self, messages: Tensor, *, first: int = 0, beta: float = 0.0, alpha: float = 1.0) -> None:
+        cells = slice(first, first + messages.shape[0])
+        messages.flatten(1, -2).baddbmm_(self._g[cells], self._weight.value[cells], beta=beta, alpha=alpha)
 
     def descend(self, descent: Descent) -> None:
-        descent.follow_product(self._weight, self._g.transpose(1, 2), self._x)
+        descent.follow_product(self._weight, self._g.mT, self._x)
         if self._bias is not None:
             descent.follow(self._bias, self._g.sum(1))
 
@@ -137,7 +152,7 @@ class ModuleBlocks(BlockStack):
     def __init__(self, bodies: Sequence[nn.Module]) -> None:
         self._modules = ModuleStack(bodies)
         self.parameters = self._modules.parameters
-        self._x = self._y = torch.empty(0)
+        self._x = self._y = self._messages = torch.empty(0)
 
     @property
     def holds(self) -> bool:
@@ -155,12 +170,14 @@ class ModuleBlocks(BlockStack):
         self._y = self._modules.run(self._x)
         outputs.copy_(self._y.detach())
 
-    def backward(self, credit: Tensor, messages: Tensor | None) -> None:
-        wanted = () if messages is None else (self._x,)
-        for found in self._modules.differentiate(self._y, credit.to(self._y.dtype), wanted):
-            assert messages is not None, "nothing else is wanted"
-            messages.copy_(found)
+    def backward(self, credit: Tensor, *, reports: bool) -> None:
+        found = self._modules.differentiate(self._y, credit.to(self._y.dtype), (self._x,) if reports else ())
         self._x = self._y = torch.empty(0)
+        self._messages = found[0] if found else self._x
+
+    def report(self, messages: Tensor, *, first: int = 0, beta: float = 0.0, alpha: float = 1.0) -> None:
+        kept = messages.mul_(beta) if beta else messages.zero_()
+        kept.add_(self._messages[first : first + len(messages)], alpha=alpha)
 
     def descend(self, descent: Descent) -> None:
         self._modules.descend(descent)

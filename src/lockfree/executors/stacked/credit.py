@@ -1,15 +1,17 @@
 """Where a stack's credit comes from: a rule's own stacked form, its cells one by one, or the loss."""
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lockfree.cell import Cell
-from lockfree.executors.base import Assembly, Outcome
+from lockfree.executors.base import Assembly, Losses, Outcome
 from lockfree.executors.sequential import act
 from lockfree.executors.stacked.alike import anatomy
+from lockfree.executors.stacked.blocks import BlockStack
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
 from lockfree.stacking import CreditStack, Descent, ParameterStack
@@ -51,13 +53,13 @@ class Credits(ABC):
         """Returns for each cell the ticks between a batch's entry and that action."""
         return [assembly.schedule.age(cell.place.index, kind) or 0 for cell in self.cells]
 
-    def learn(self, assembly: Assembly, tick: int, messages: Tensor | None, outcome: Outcome) -> Tensor | None:
+    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
         """Lets the auxiliary networks learn; returns a number that is finite if all their losses are.
 
         Args:
             assembly: What is worked on.
             tick: Number of the tick.
-            messages: dL/dx of the cells, if anybody wants it, shape (n + 1, m, ...): there is room for the one from above.
+            blocks: The cells' blocks, which have taken their credit and can report dL/dx.
             outcome: Is told of the losses.
         """
         return None
@@ -81,6 +83,7 @@ class Together(Credits):
         self._first, self._last = cells[0].place.index, cells[-1].place.index
         self._forward, self._learn = self.ages(assembly, Kind.FORWARD), self.ages(assembly, Kind.AUXILIARY)
         self._outputs = torch.empty(0)
+        self._told: Callable[[], Losses | None] = lambda: None
 
     @property
     def holds(self) -> bool:
@@ -99,24 +102,28 @@ class Together(Credits):
 
     def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
         self._outputs = outputs
+        losses = self._told()
+        if losses is not None:  # somebody keeps them, and what they are made of is about to be overwritten
+            losses.read()
         flights = assembly.flights
         return self._stack.credit(outputs, [flights[tick - age] for age in self._forward] if self._stack.sees_targets else ())
 
-    def learn(self, assembly: Assembly, tick: int, messages: Tensor | None, outcome: Outcome) -> Tensor | None:
-        truth = self._truths(assembly, tick - self._learn[-1], messages) if self._stack.waits else None
-        losses = self._stack.learn(truth)
+    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
+        if self._stack.waits:
+            self._hear(assembly, tick - self._learn[-1], blocks)
+        check, losses = self._stack.learn(), Losses(self._stack.losses)
+        self._told = weakref.ref(losses)
         outcome.stacked.append((self._first, losses))
-        return losses.sum()
+        return check
 
-    def _truths(self, assembly: Assembly, batch: int, messages: Tensor | None) -> Tensor:
-        """Returns what each cell is told: by the next one of the stack, and the last one by its link."""
+    def _hear(self, assembly: Assembly, batch: int, blocks: BlockStack) -> None:
+        """Subtracts from each prediction the truth: the message of the next cell of the stack; for the last one its link's."""
+        predicted = self._stack.awaiting
         (from_above,) = assembly.links[self._last].receive(batch) or (None,)
         assert from_above is not None, "who learns from messages is sent some"
-        if len(self.cells) == 1:
-            return from_above[None]
-        assert messages is not None, "who learns from messages is sent some"
-        messages[-1].copy_(from_above)
-        return messages[1:]
+        predicted[-1].sub_(from_above)
+        if len(self.cells) > 1:
+            blocks.report(predicted[:-1], first=1, beta=1.0, alpha=-1.0)
 
     def descend(self, descent: Descent) -> None:
         self._stack.descend(descent)
@@ -125,8 +132,12 @@ class Together(Credits):
 class OneByOne(Credits):
     """Each cell by itself, as its rule says for one: any rule, and any way of learning late."""
 
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        super().__init__(cells)
+        self._inputs = torch.empty(0)
+
     def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
-        credits = []
+        credits, self._inputs = [], inputs
         kept = inputs.clone(), outputs.clone()  # a rule may remember them for longer than the stack does
         for cell, age, x, y in zip(self.cells, self.ages(assembly, Kind.FORWARD), *kept, strict=True):
             batch = tick - age
@@ -141,10 +152,13 @@ class OneByOne(Credits):
             credits.append(credit[0])
         return torch.stack(credits)
 
-    def learn(self, assembly: Assembly, tick: int, messages: Tensor | None, outcome: Outcome) -> Tensor | None:
-        for cell, message in zip(self.cells[1:], () if messages is None else messages[1:], strict=False):
-            index = cell.place.index
-            assembly.links[index - 1].send(tick - (assembly.schedule.age(index, Kind.LEARN) or 0), (message.clone(),))
+    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
+        reporting = [cell.place.index for cell in self.cells[1:] if cell.reports]
+        if reporting:
+            messages = self._inputs.new_empty(self._inputs[1:].shape)
+            blocks.report(messages, first=1)
+            for index, message in zip(reporting, messages, strict=True):
+                assembly.links[index - 1].send(tick - (assembly.schedule.age(index, Kind.LEARN) or 0), (message,))
         for cell in self.cells:
             age = assembly.schedule.age(cell.place.index, Kind.AUXILIARY)
             if age is not None:
@@ -155,11 +169,20 @@ class OneByOne(Credits):
 class FromLoss(Credits):
     """The top cell: the loss's own gradient."""
 
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        super().__init__(cells)
+        self._loss = torch.empty(0)
+
     def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
         batch = tick - (assembly.schedule.age(self.cells[0].place.index, Kind.FORWARD) or 0)
-        outcome.losses[batch], (error,) = assembly.objective(outputs[0].requires_grad_(), assembly.flights[batch].target)
-        assert error is not None, "a loss of the scores has a gradient for them"
+        scores = outputs[0].detach().requires_grad_()
+        loss = assembly.objective.evaluate(scores, assembly.flights[batch].target)
+        (error,) = torch.autograd.grad(loss, scores)
+        outcome.losses[batch] = self._loss = loss.detach()
         return error[None]
+
+    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
+        return self._loss
 
 
 def credits_for(cells: Sequence[Cell], inputs: Sequence[Tensor], assembly: Assembly, tick: int) -> Credits | None:

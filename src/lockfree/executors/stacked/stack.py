@@ -1,6 +1,7 @@
 """A run of cells of equal structure, which go through their ticks as one."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,28 @@ from lockfree.executors.base import Assembly, Outcome
 from lockfree.executors.stacked.blocks import BlockStack
 from lockfree.executors.stacked.credit import Credits
 from lockfree.schedule import Kind
+
+
+class _Memory(NamedTuple):
+    """What a tick reads and writes: views that are made once, since making one takes as long as a small operation.
+
+    Attributes:
+        bottom: The lowest of the inputs.
+        inputs: Of all cells.
+        outputs: Of all cells.
+        lowest: What is looked at to see that outputs are finite.
+        top: The uppermost of the outputs.
+    """
+
+    bottom: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    lowest: Tensor
+    top: Tensor
+
+
+def _memory(inputs: Tensor, outputs: Tensor) -> _Memory:
+    return _Memory(inputs[0], inputs, outputs, outputs[0], outputs[-1])
 
 
 class Stack:
@@ -30,10 +53,10 @@ class Stack:
         self._below = assembly.links[bottom.index - 1] if bottom.index else None
         self._above = None if top.top else assembly.links[top.index]
         self._reports, self._sends = any(cell.reports for cell in cells), cells[0].reports
-        # What a tick makes is what the next one takes, one cell further up; they write to two pieces of memory in turn.
-        self._registers: list[Tensor] = []
+        # What a tick makes is what the next one takes, one cell further up: they work on two pieces of memory in turn.
+        self._now: _Memory | None = None
+        self._following: _Memory | None = None
         self._outputs = torch.empty(0)
-        self._messages: Tensor | None = None  # with room for the one from above
 
     def batches(self, tick: int) -> list[int]:
         """Returns the batch that each cell works on in a tick."""
@@ -47,9 +70,9 @@ class Stack:
         taken = [link.take(batch).detach() for link, batch in zip(links, self.batches(tick)[1:], strict=True)]
         if taken:
             # The bottom cell's input and the top cell's output are not there yet.
-            now = torch.stack([torch.empty_like(taken[0]), *taken, torch.empty_like(taken[0])])
-            self._registers = [now, torch.empty_like(now)]
-            self._messages = torch.empty_like(now) if self._reports else None
+            one = torch.stack([torch.empty_like(taken[0]), *taken, torch.empty_like(taken[0])])
+            other = torch.empty_like(one)
+            self._now, self._following = _memory(one[:-1], other[1:]), _memory(other[:-1], one[1:])
         self.credits.enter(self._assembly, tick)
 
     def leave(self, tick: int) -> None:
@@ -64,32 +87,32 @@ class Stack:
         """F and L of every cell; returns a number that is finite if all that they made is. No weight has changed."""
         batch = tick - self._ages[0]
         bottom = self._assembly.flights[batch].inputs if self._below is None else self._below.take(batch)
-        inputs, outputs, messages = self._shift(bottom.detach())
-        self.blocks.forward(inputs, outputs)
-        credit = self.credits.take(self._assembly, tick, inputs, outputs, outcome)
-        self.blocks.backward(credit, messages)
+        now = self._shift(bottom.detach())
+        self.blocks.forward(now.inputs, now.outputs)
+        credit = self.credits.take(self._assembly, tick, now.inputs, now.outputs, outcome)
+        self.blocks.backward(credit, reports=self._reports)
         if self._above is not None:
-            self._above.lift(tick - self._ages[-1], outputs[-1].clone().requires_grad_())
+            self._above.lift(tick - self._ages[-1], now.top.clone().requires_grad_())
         if self._sends:
             assert self._below is not None, "who reports has a cell below"
-            assert messages is not None, "who reports has a message"
-            self._below.send(batch, (messages[0].clone(),))
-        self._outputs = outputs
-        return (outputs[0] if self.credits.shows_what_is_above else outputs).sum()
+            message = bottom.new_empty(bottom.shape)
+            self.blocks.report(message[None])
+            self._below.send(batch, (message,))
+        self._outputs = now.outputs
+        return (now.lowest if self.credits.shows_what_is_above else now.outputs).sum()
 
-    def _shift(self, bottom: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns the inputs of a tick, the room for its outputs, and that for its messages if anyone wants them."""
-        if len(self.cells) == 1:
+    def _shift(self, bottom: Tensor) -> _Memory:
+        """Returns the memory of a tick, with its inputs."""
+        if self._now is None or self._following is None:
             inputs = bottom[None]
-            return inputs, self.blocks.room(inputs), torch.empty_like(inputs) if self._reports else None
-        now, following = self._registers
-        self._registers = [following, now]
-        now[0].copy_(bottom)
-        return now[:-1], following[1:], None if self._messages is None else self._messages[:-1]
+            return _memory(inputs, self.blocks.room(inputs))
+        now, self._now, self._following = self._now, self._following, self._now
+        now.bottom.copy_(bottom)
+        return now
 
     def learn(self, tick: int, outcome: Outcome) -> Tensor | None:
         """A of every cell; returns a number that is finite if all their losses are. No weight has changed."""
-        return self.credits.learn(self._assembly, tick, self._messages, outcome)
+        return self.credits.learn(self._assembly, tick, self.blocks, outcome)
 
     def refuse_what_is_not_finite(self, tick: int, outcome: Outcome) -> None:
         """Names the first value that is not finite."""

@@ -66,9 +66,7 @@ def _plain(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]], f
         optimizers._global_optimizer_pre_hooks,
         optimizers._global_optimizer_post_hooks,
     )
-    return not any(hooks) and not any(
-        group.get(name) or isinstance(group["lr"], Tensor) for group in groups for name in forbidden
-    )
+    return not any(hooks) and not any(isinstance(group["lr"], Tensor) or any(map(group.get, forbidden)) for group in groups)
 
 
 def _groups(optimizer: torch.optim.Optimizer, stacks: Sequence[ParameterStack]) -> list[dict[str, Any]] | None:
@@ -76,6 +74,10 @@ def _groups(optimizer: torch.optim.Optimizer, stacks: Sequence[ParameterStack]) 
     owner = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     found = [{id(owner[id(member)]): owner[id(member)] for member in stack.members} for stack in stacks]
     return [next(iter(groups.values())) for groups in found] if all(len(groups) == 1 for groups in found) else None
+
+
+def _distinct(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({id(group): group for group in groups}.values())
 
 
 _NOT_BY_SGD = ("nesterov", "maximize", "differentiable")
@@ -94,6 +96,7 @@ class BySGD(StackedUpdate):
         groups = _groups(optimizer, stacks)
         assert groups is not None, "asked of `serves`"
         self._group = dict(zip(map(id, stacks), groups, strict=True))
+        self._groups = _distinct(groups)
         self._state = optimizer.state
         self._momentum: dict[int, Tensor] = {}
         for stack, group in zip(stacks, groups, strict=True):
@@ -120,9 +123,9 @@ class BySGD(StackedUpdate):
 
     @property
     def holds(self) -> bool:
-        optimizer, groups = self._update.optimizer, list(self._group.values())
-        moving = all((id(stack) in self._momentum) == bool(self._group[id(stack)]["momentum"]) for stack in self._stacks)
-        return moving and optimizer.state is self._state and _plain(optimizer, groups, _NOT_BY_SGD)
+        optimizer = self._update.optimizer
+        moving = all(bool(self._group[key]["momentum"]) == (key in self._momentum) for key in self._group)
+        return moving and optimizer.state is self._state and _plain(optimizer, self._groups, _NOT_BY_SGD)
 
     def follow(self, stack: ParameterStack, gradient: Tensor) -> None:
         group, momentum = self._group[id(stack)], self._momentum.get(id(stack))
