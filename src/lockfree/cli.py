@@ -193,12 +193,12 @@ class Train(RuleSettings):
     def run(self, argv: Sequence[str]) -> None:
         """Trains, writes the run folder, prints the result."""
         _known_rule(self.rule)
-        if self.processes > 1 and not launched() and "RANK" not in os.environ:
-            raise SystemExit(launch(argv, self.processes))
         settings = {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
         experiment = Experiment(**settings, fields=parse_fields(self.rule, list(itertools.chain(*self.set))))
         if self.resume:
             self._check_same(experiment)
+        if experiment.processes > 1 and "RANK" not in os.environ:
+            raise SystemExit(launch(argv, experiment.processes))
         with progress(experiment.epochs, quiet=self.json) as show:
             result = experiment.run(self.out, resume=self.resume, sinks=[show, *self._tensorboard()])
         if not first():

@@ -1,0 +1,133 @@
+"""`lockfree train --processes`: processes that die, that are interrupted, that are told nonsense; and `lockfree replay`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lockfree import checkpoint, trace
+from lockfree.cli import main
+from lockfree.run import Run
+
+RUN = ["--rule", "cdni", "--data", "digits", "--schedule", "pipelined", "--batch-size", "64"]
+EPOCHS = 24
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "lockfree", *map(str, arguments)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def epochs_done(folder):
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum('"kind": "epoch"' in line for line in lines)
+
+
+def wait_for_epochs(run, folder, count):
+    end = time.monotonic() + 120
+    while epochs_done(folder) < count:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < end, "training did not get that far"
+        time.sleep(0.02)
+
+
+def process_of(run, rank):
+    """Returns the process id of one of the processes that a command has launched."""
+    wanted = f"RANK={rank}".encode()
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        if wanted in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError("there is no such process")
+
+
+def said(run):
+    _, words = run.communicate(timeout=120)
+    return [line for line in words.splitlines() if line]
+
+
+def test_a_run_survives_what_happens_to_its_processes_and_ends_as_if_nothing_had(tmp_path):
+    torn, whole = tmp_path / "torn", tmp_path / "whole"
+    reference = start("train", *RUN, "--epochs", EPOCHS, "--out", whole, "--json")
+    command = ("train", *RUN, "--epochs", EPOCHS, "--processes", 2, "--out", torn)
+    resume = ("train", "--out", torn, "--resume")
+    run = start(*command)
+    for rank, count in ((1, 2), (0, 5)):
+        wait_for_epochs(run, torn, count)
+        os.kill(process_of(run, rank), signal.SIGKILL)
+        (line,) = said(run)
+        assert run.returncode == 3
+        assert line.startswith(f"lockfree train: process {rank} of 2 was ended by SIGKILL")
+        assert "--resume" in line
+        run = start(*resume)
+    wait_for_epochs(run, torn, 8)
+    run.send_signal(signal.SIGINT)
+    (line,) = said(run)
+    assert run.returncode == 130
+    assert "a checkpoint was written" in line
+    run = start(*resume, "--json")
+    out, words = run.communicate(timeout=120)
+    assert run.returncode == 0, words
+    undisturbed, _ = reference.communicate(timeout=120)
+
+    mine, theirs = json.loads(out), json.loads(undisturbed)
+    for name in ("test_accuracy", "test_loss", "epochs", "parameters", "locks"):
+        assert mine[name] == theirs[name]
+    (steps, ours), (same, plain) = (Run.open(folder).load_checkpoint() for folder in (torn, whole))
+    assert steps == same == EPOCHS * 23
+    for name, weight in plain["learner"]["model"].items():
+        assert torch.equal(ours["learner"]["model"][name], weight), name
+    # No batch is lost or repeated: the trace goes through all of them, and what it says leads to the same weights.
+    ticks = [line for line in trace.read(torn) if line["kind"] == "tick" and not line["process"]]
+    assert [line["tick"] for line in ticks if line["tick"] == line["last"]] == list(range(steps))
+    replayed = start("replay", torn)
+    assert "bit for bit" in replayed.communicate(timeout=120)[0]
+    assert replayed.returncode == 0
+
+
+def test_what_one_process_finds_wrong_is_said_once(tmp_path):
+    run = start("train", *RUN, "--processes", 2, "--learning-rate", "1e30", "--out", tmp_path / "a")
+    (line,) = said(run)
+    assert run.returncode == 2
+    assert "not finite" in line
+    taken = start("train", *RUN, "--processes", 2, "--out", tmp_path / "a")
+    (line,) = said(taken)
+    assert taken.returncode == 2
+    assert "holds another run" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--processes", "0"], "processes=0"),
+        (["--processes", "2", "--executor", "stacked"], "trains in one process"),
+        (["--correction", "nonsense"], "nonsense"),
+        (["--delay", "1", "--correction", "drop:x"], "no number"),
+    ],
+)
+def test_bad_usage_is_refused_before_anything_starts(more, word, capsys, tmp_path):
+    assert main(["train", *RUN, "--out", str(tmp_path / "a"), *more]) == 2
+    assert word in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_replay_refuses_what_is_no_trace(tmp_path, capsys):
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "holds no trace" in capsys.readouterr().err
+    (tmp_path / "trace.jsonl").write_text('{"kind": "tick"}\n')
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "does not begin with a header" in capsys.readouterr().err
+    (tmp_path / "trace.jsonl").write_text("nonsense\n")
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "line 1" in capsys.readouterr().err
+    with pytest.raises(checkpoint.CorruptCheckpoint):
+        checkpoint.load(tmp_path / "checkpoints")
