@@ -15,24 +15,11 @@ from torch import distributed, nn
 from lockfree.bench import BENCHMARKS
 from lockfree.bench import pipeline as run_pipeline
 from lockfree.bench.pipeline import Size, Training, network, plain, sequential, staged, workers
-from lockfree.executors import EXECUTORS
 
 bench = sys.modules["lockfree.bench.pipeline"]  # the package has a function of this name
 
 SMALL = Size(blocks=4, units=16, batch=32)
 PATIENCE = 60.0
-
-
-def hand_over(rank, size, *, rule):
-    """Two processes that hand something on: takes the place of a pipeline."""
-
-    def step():
-        if rank == 0:
-            distributed.send(torch.ones(size.batch, size.units), 1)
-        else:
-            distributed.recv(torch.empty(size.batch, size.units), 0)
-
-    return Training(nn.Identity(), step)
 
 
 def fill(rank, size):
@@ -109,9 +96,7 @@ def test_independent_processes_do_the_same_work(told, name):
         np.testing.assert_array_equal(one[key], other[key])
 
 
-def test_the_benchmark_returns_ratios_of_what_it_prints(monkeypatch):
-    if "pipeline" not in EXECUTORS:
-        monkeypatch.setattr(bench, "pipelined", hand_over)
+def test_the_benchmark_returns_ratios_of_what_it_prints():
     before = dict(os.environ)
     found = run_pipeline(rounds=1, repeats=1, size=SMALL, microbatches=(2, 4), steps=2, patience=PATIENCE)
     assert dict(os.environ) == before

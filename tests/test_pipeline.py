@@ -92,15 +92,9 @@ def rows_of(pairs):
     return [row("mlp" if "pipelined" in plan else "dry", rule, plan) for rule, plan in pairs]
 
 
-@pytest.fixture(scope="module")
-def table():
-    """Every rule on a schedule that lets all processes work at once."""
-    return dict(zip(AT_WORK, zip(*together(2, run_rows, rows_of(AT_WORK), [2, 2]), strict=True), strict=True))
-
-
 @pytest.mark.parametrize(("rule", "plan"), [pytest.param(*pair, id="-".join(pair)) for pair in AT_WORK])
-def test_every_rule_trains_as_the_reference_does(table, rule, plan):
-    answers = table[rule, plan]
+def test_every_rule_trains_as_the_reference_does(two, rule, plan):
+    answers = [each[AT_WORK.index((rule, plan))] for each in two["rules"]]
     if rule == "ff-hard":
         assert all("needs ERROR to make what enters the chain" in answer for answer in answers)
         return
@@ -127,12 +121,13 @@ MORE = [
 ]
 
 
-def test_other_models_optimizers_and_sizes_train_as_the_reference_does():
-    for answers in together(2, run_rows, MORE):
+def test_other_models_optimizers_and_sizes_train_as_the_reference_does(two):
+    for answers in two["more"]:
         agree(answers)
 
 
-def test_three_processes_and_two_of_one_block_each():
+@pytest.mark.slow
+def test_three_processes_two_of_them_with_one_block():
     rows = [
         row("mlp", rule, plan)
         for rule, plan in (("dni", "pipelined"), ("dfa", "pipelined-late"), ("cdni-unlocked", "pipelined"))
@@ -156,13 +151,15 @@ def with_links(rank, options):
     return found
 
 
-def test_delayed_backprop_with_and_without_kept_weights_and_corrected():
-    options = [
-        {"stash": False},
-        {"correction": lf.staleness.DelayCompensation()},
-        {"stash": False, "correction": lf.staleness.ScaleByDelay()},
-    ]
-    for pairs in together(2, with_links, options):
+LINKS = [
+    {"stash": False},
+    {"correction": lf.staleness.DelayCompensation()},
+    {"stash": False, "correction": lf.staleness.ScaleByDelay()},
+]
+
+
+def test_delayed_backprop_with_and_without_kept_weights_and_corrected(two):
+    for pairs in two["links"]:
         for ours, theirs in pairs:
             assert ours == theirs
 
@@ -195,9 +192,9 @@ def resumed(rank, rule, plan):
     return found
 
 
-@pytest.mark.parametrize(("rule", "plan"), [("dni", "pipelined"), ("dfa", "pipelined-late")])
-def test_a_state_in_mid_flight_goes_on_anywhere(rule, plan):
-    for found in together(2, resumed, rule, plan):
+@pytest.mark.parametrize("rule", ["dni", "dfa"])
+def test_a_state_in_mid_flight_goes_on_anywhere(two, rule):
+    for found in two[rule]:
         assert found.pop("twice the same")
         wanted = found.pop("never stopped")
         for name, answer in found.items():
@@ -220,8 +217,8 @@ def looked_at(rank):
     return found
 
 
-def test_predictions_and_gradients_are_the_reference_s():
-    for ours, theirs in together(2, looked_at):
+def test_predictions_and_gradients_are_the_reference_s(two):
+    for ours, theirs in two["looks"]:
         assert ours == theirs
 
 
@@ -238,8 +235,8 @@ def traced(rank):
     return lines + learner.trace()
 
 
-def test_a_trace_replays_bit_for_bit_and_tells_what_differs():
-    lines, same = together(2, traced)
+def test_a_trace_replays_bit_for_bit_and_tells_what_differs(two):
+    lines, same = two["trace"]
     assert [line["kind"] for line in lines] == [line["kind"] for line in same]
     batches = [*DRY.batches(5), *DRY.batches(3, seed=2)]
     found = replay(lines, made("cdni", "pipelined", "sequential", DRY), batches)
@@ -300,8 +297,29 @@ def refusals(rank):
     return said
 
 
-def test_refusals_say_what_forbids_it_and_how_to_mend_it():
-    ours, theirs = together(2, refusals)
+def everything(rank):
+    """Does all that takes two processes; the last thing breaks them apart."""
+    return {
+        "rules": run_rows(rank, rows_of(AT_WORK), [2, 2]),
+        "more": run_rows(rank, MORE),
+        "links": with_links(rank, LINKS),
+        "dni": resumed(rank, "dni", "pipelined"),
+        "dfa": resumed(rank, "dfa", "pipelined-late"),
+        "looks": looked_at(rank),
+        "trace": traced(rank),
+        "refusals": refusals(rank),
+    }
+
+
+@pytest.fixture(scope="module")
+def two():
+    """What comes of it in each of two processes: to start them takes as long as what they do."""
+    ours, theirs = together(2, everything)
+    return {name: (ours[name], theirs[name]) for name in ours}
+
+
+def test_refusals_say_what_forbids_it_and_how_to_mend_it(two):
+    ours, theirs = two["refusals"]
     assert "1 blocks cannot be shared among 2 processes" in ours["too few"]
     assert "clip_norm" in ours["clip"]
     assert "4 in all" in ours["groups"]

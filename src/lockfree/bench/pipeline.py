@@ -84,11 +84,11 @@ class Contestant:
 
 
 def pipeline(
-    rounds: int = 10,
+    rounds: int = 4,
     repeats: int = 3,
     size: Size = Size(),
     microbatches: Sequence[int] = (2, 4, 8),
-    steps: int = 6,
+    steps: int = 12,
     patience: float = 120.0,
 ) -> dict[str, Any]:
     """Times training by two processes of one thread each on this machine, which should have two idle cores.
@@ -127,7 +127,7 @@ def pipeline(
     found: dict[str, list[float]] = {}
     chosen: dict[str, list[int]] = {}
     for _ in range(repeats):
-        rates = _rates(contestants, size, rounds=rounds, steps=steps, patience=patience)
+        rates = measure_rates(contestants, size, rounds=rounds, steps=steps, patience=patience)
         for schedule in _SCHEDULES:
             best = max(microbatches, key=lambda number: statistics.median(rates[f"{schedule}_{number}"]))
             rates[schedule] = rates[f"{schedule}_{best}"]
@@ -153,8 +153,8 @@ def pipeline(
 def _pairs() -> dict[str, tuple[str, str]]:
     """Returns what is held against what."""
     return {
-        **{f"{rule}_over_ceiling": (rule, f"two_{rule}") for rule in _RULES},
-        **{f"{rule}_over_{schedule}": (rule, schedule) for rule, schedule in itertools.product(_RULES, _SCHEDULES)},
+        **{f"{rule}_over_ceiling": (rule, f"two_{rule}") for rule in RULES},
+        **{f"{rule}_over_{schedule}": (rule, schedule) for rule, schedule in itertools.product(RULES, _SCHEDULES)},
         **{f"{schedule}_over_ceiling": (schedule, "two_plain") for schedule in _SCHEDULES},
         **{f"{schedule}_over_plain": (schedule, "plain") for schedule in _SCHEDULES},
         "two_processes_over_one": ("two_plain", "plain"),
@@ -168,7 +168,7 @@ def _contestants(microbatches: Sequence[int]) -> dict[str, Contestant]:
     """Returns everything to measure, each beside what it is held against."""
     ours = {
         name: contestant
-        for rule in _RULES
+        for rule in RULES
         for name, contestant in {
             f"two_{rule}": Contestant(partial(sequential, rule=rule)),
             rule: Contestant(partial(pipelined, rule=rule), together=True),
@@ -188,8 +188,8 @@ def plain(rank: int, size: Size) -> Training:
         rank: Which process this is.
         size: Of the network.
     """
-    model, feed = network(size), _batches(size)
-    optimizer = _sgd(list(model.parameters()))
+    model, feed = network(size), batches(size)
+    optimizer = sgd(list(model.parameters()))
 
     def step() -> float:
         x, y = feed()
@@ -216,7 +216,7 @@ def staged(rank: int, size: Size, *, schedule: str, microbatches: int) -> Traini
 
     half = size.blocks // 2
     part = network(size)[:half] if rank == 0 else network(size)[half:]
-    optimizer, feed = _sgd(list(part.parameters())), _batches(size)
+    optimizer, feed = sgd(list(part.parameters())), batches(size)
     run = get_schedule_class(_SCHEDULES[schedule])(
         PipelineStage(part, rank, 2, torch.device("cpu")),
         microbatches,
@@ -239,7 +239,7 @@ def staged(rank: int, size: Size, *, schedule: str, microbatches: int) -> Traini
     return Training(part, step)
 
 
-_RULES: dict[str, Callable[[Size], tuple[Rule, list[str] | None]]] = {
+RULES: dict[str, Callable[[Size], tuple[Rule, list[str] | None]]] = {
     "pred": lambda size: (get("pred"), None),
     # At the default rate a chain without normalisation diverges sooner or later.
     "dni": lambda size: (SyntheticGradients(learning_rate=1e-3), [str(size.blocks // 2)]),
@@ -255,7 +255,7 @@ def sequential(rank: int, size: Size, *, rule: str) -> Training:
         size: Of the network.
         rule: pred or dni.
     """
-    learner, feed = _learner(size, rule), _batches(size)
+    learner, feed = _learner(size, rule), batches(size)
     return Training(learner.model, lambda: learner.step(*feed()).loss)
 
 
@@ -267,7 +267,7 @@ def pipelined(rank: int, size: Size, *, rule: str) -> Training:
         size: Of the network.
         rule: pred or dni.
     """
-    learner, feed = _learner(size, rule, schedule="pipelined", executor="pipeline"), _batches(size)
+    learner, feed = _learner(size, rule, schedule="pipelined", executor="pipeline"), batches(size)
 
     def step() -> float | None:
         result = learner.step(*feed())
@@ -277,12 +277,12 @@ def pipelined(rank: int, size: Size, *, rule: str) -> Training:
 
 
 def _learner(size: Size, rule: str, *, schedule: str = "lockstep", executor: str = "sequential") -> Learner:
-    how, blocks = _RULES[rule](size)
+    how, blocks = RULES[rule](size)
     return convert(
         network(size),
         how,
         loss=F.cross_entropy,
-        optimizer=_sgd,
+        optimizer=sgd,
         blocks=blocks,
         example_input=torch.zeros(2, size.units),
         schedule=schedule,
@@ -302,7 +302,12 @@ def network(size: Size) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-def _batches(size: Size) -> Callable[[], tuple[Tensor, Tensor]]:
+def batches(size: Size) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Makes what hands out batches, the same ones in every process.
+
+    Args:
+        size: How large they are.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(8, size.batch, size.units, generator=generator)
     targets = torch.randint(0, _CLASSES, (8, size.batch), generator=generator)
@@ -310,14 +315,19 @@ def _batches(size: Size) -> Callable[[], tuple[Tensor, Tensor]]:
     return lambda: next(turns)
 
 
-def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Makes the optimizer of everybody's blocks.
+
+    Args:
+        parameters: What it steps.
+    """
     return torch.optim.SGD(parameters, lr=0.01)
 
 
 # ---- taking turns ------------------------------------------------------------------------------------------------------------
 
 
-def _rates(
+def measure_rates(
     contestants: Mapping[str, Contestant], size: Size, *, rounds: int, steps: int, patience: float
 ) -> dict[str, list[float]]:
     """Returns the samples a second of each contestant in every round."""

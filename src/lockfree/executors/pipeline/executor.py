@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lockfree.executors.pipeline.wire import Channel
 from lockfree.executors.pipeline.world import World
 from lockfree.executors.sequential import Sequential, act, run_in_order
 from lockfree.flight import Flight
+from lockfree.objective import Diverged
 from lockfree.rng import get_rng
 from lockfree.rule import Needs, Rule
 from lockfree.schedule import Action, Kind, Tick
@@ -28,6 +30,7 @@ from lockfree.values import tensors
 _logger = logging.getLogger(__name__)
 
 _UP, _DOWN, _NEWS = 0, 1, 2
+_RISING, _FALLING, _CONTROL = map(attrgetter, ("up", "down", "control"))
 _CPU = torch.device("cpu")
 
 
@@ -133,7 +136,14 @@ class Pipeline(Executor):
         if world.size == 1:
             self._groups = [range(len(cells))]
             return
-        sizes = list(self._given) if self._given else world.from_first(lambda: grouping.balanced(seconds(), world.size))
+
+        def times() -> Sequence[float]:
+            try:
+                return seconds()
+            except Diverged:  # training will say so with the batch that it happens on
+                return [1.0] * len(cells)
+
+        sizes = list(self._given) if self._given else world.from_first(lambda: grouping.balanced(times(), world.size))
         grouping.check(sizes, cells, world.size)
         self._groups = grouping.ranges(sizes)
         _logger.info("blocks of each process: %s", sizes)
@@ -158,7 +168,7 @@ class Pipeline(Executor):
             assembly.links[crossing.cell] = crossing
         last = world.size - 1
         if world.rank < last:
-            channel = Channel(world, last, "control", _NEWS, _CPU, self._ahead)
+            channel = Channel(world, last, _CONTROL, _NEWS, _CPU, self._ahead)
             self._news = News(channel, self._kinds.__getitem__, assembly.flights, device)
             return
         for peer in range(last):
@@ -166,19 +176,19 @@ class Pipeline(Executor):
             needs = [need for cell in theirs for need in (cell.needs, cell.auxiliary_needs) if need is not None]
             errors = max(needs) >= Needs.ERROR and not cells[-1].joined_above
             scores = errors and cells[0].rule.wants_sample_losses()
-            channel = Channel(world, peer, "control", _NEWS, _CPU, ahead=2 * news.AT_A_TIME)
+            channel = Channel(world, peer, _CONTROL, _NEWS, _CPU, ahead=2 * news.AT_A_TIME)
             self._listeners.append((channel, errors, scores))
 
     def _crossing(self, assembly: Assembly, index: int, device: torch.device, *, above: bool, reports: bool) -> Crossing:
         world, link = self.world, assembly.links[index]
         peer = world.rank - 1 if above else world.rank + 1
         # Who sends messages must not wait for one that is taken as late as the link says.
-        falls = Channel(world, peer, "down", _DOWN, device, self._ahead + link.delay + len(assembly.cells))
+        falls = Channel(world, peer, _FALLING, _DOWN, device, self._ahead + link.delay + len(assembly.cells))
         return Crossing(
             link,
             index,
             above=above,
-            up=Channel(world, peer, "up", _UP, device, self._ahead),
+            up=Channel(world, peer, _RISING, _UP, device, self._ahead),
             down=falls if reports else None,
             kind_of=self._kinds.__getitem__,
             word=self._word,

@@ -2,7 +2,7 @@
 
 import pickle
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lockfree.executors.pipeline.world import World
+from lockfree.executors.pipeline.world import Groups, World
 from lockfree.values import Values
+
+Carrier = Callable[[Groups], Any]
+"""Picks one of the connections between processes."""
 
 _ALIGNMENT = 64  # bytes; as PyTorch allocates, since vector code may round by where a tensor lies
 _NUMBERS = 2  # of a header: batch and word
@@ -147,14 +150,15 @@ class Channel:
     Args:
         world: The processes.
         peer: The other one.
-        group: Which of `Groups` carries parcels: "up", "down" or "control".
+        carrier: Which of the `Groups` carries parcels.
         purpose: Tells this channel from others between the two.
         device: Where parcels are.
         ahead: Parcels that may be under way before the sender waits for the first of them to have been taken, 1 or more.
     """
 
-    def __init__(self, world: World, peer: int, group: str, purpose: int, device: torch.device, ahead: int) -> None:
-        self._world, self._peer, self._group, self._tag, self._device = world, peer, group, world.tag(purpose), device
+    def __init__(self, world: World, peer: int, carrier: Carrier, purpose: int, device: torch.device, ahead: int) -> None:
+        self._world, self._peer, self._tag, self._device = world, peer, world.tag(purpose), device
+        self._of_groups = carrier
         self._ahead = ahead
         world.groups.channels.add(self)
         self._layouts: dict[Hashable, Layout] = {}
@@ -173,7 +177,7 @@ class Channel:
 
     @property
     def _carrier(self) -> Any:
-        return getattr(self._world.groups, self._group)
+        return self._of_groups(self._world.groups)
 
     def close(self) -> None:
         """Lets go of everything under way."""
