@@ -982,7 +982,13 @@ def test_under_autocast_gradients_are_float32_and_those_without_it_but_for_round
             y = model(leaf)
         assert y.dtype == (torch.bfloat16 if on else torch.float32)
         found.append(gradients([y], [leaf, *model.parameters()], [credit.to(y.dtype)]))
-    for low, high in zip(found[1], found[0], strict=True):
+    # The terms of a bias's gradient cancel, down to their rounding on some processors; so it is judged together with its layer's weight.
+    owners = ["input", *(name.rpartition(".")[0] for name, _ in model.named_parameters())]
+    for owner in dict.fromkeys(owners):
+        low, high = (
+            torch.cat([gradient.flatten() for name, gradient in zip(owners, one, strict=True) if name == owner])
+            for one in found[::-1]
+        )
         assert low.dtype == torch.float32
         assert (low - high).norm() <= 0.3 * high.norm() + 1e-6
 

@@ -112,8 +112,9 @@ class Schedule:
 
     @property
     def overlapping(self) -> bool:
-        """Whether blocks need not run in the order of a plain loop: they may be at work on several batches, or on none that is whole."""
-        return self.cells > 1 and (self.hop > 0 or self.depth > 0)
+        """Whether blocks need not run in the order of a plain loop: they are at work on several batches, or on synthetic inputs."""
+        unlocked = bool(self.synthetic) and all(self.synthetic[1:])
+        return self.cells > 1 and (self.hop > 0 or self.depth > 0 or unlocked)
 
     def remaining(self, batch: int, tick: int, cells: range | None = None) -> int:
         """Returns the number of actions of a batch that are to come once those of a tick are done.

@@ -134,8 +134,20 @@ class Word:
 
     def __init__(self) -> None:
         self.said = -1
+        self._heeded = -1
+
+    def say(self, step: int) -> None:
+        """Begins to send a step, unless one is on its way."""
+        self.said = step if self.said < 0 else self.said
 
     def hear(self, word: int) -> None:
         """Takes in what has come from below."""
-        if word >= 0:
+        if word > self._heeded:
             self.said = word
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to stop after so many steps; what has been heeded is not repeated."""
+        due = 0 <= self.said <= step
+        if due:
+            self._heeded, self.said = self.said, -1
+        return due

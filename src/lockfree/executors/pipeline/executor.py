@@ -21,7 +21,7 @@ from lockfree.executors.pipeline.world import World
 from lockfree.executors.sequential import Sequential, act, run_in_order
 from lockfree.flight import Flight
 from lockfree.objective import Diverged
-from lockfree.rng import get_rng
+from lockfree.rng import Streams, get_rng
 from lockfree.rule import Needs, Rule
 from lockfree.schedule import Action, Kind, Tick
 from lockfree.trace import Line, Recorder, fingerprints
@@ -149,7 +149,7 @@ class Pipeline(Executor):
         _logger.info("blocks of each process: %s", sizes)
         assembly.own = self._groups[world.rank]
         world.spread(state.tensors_of(assembly, range(len(cells))), source=0)
-        assembly.streams.seed = world.from_first(lambda: assembly.streams.seed)
+        assembly.streams = Streams(world.from_first(lambda: assembly.streams.seed))
         self._connect(assembly)
         self.adopt(assembly, tick)
         self._start = time.perf_counter()
@@ -172,9 +172,7 @@ class Pipeline(Executor):
             self._news = News(channel, self._kinds.__getitem__, assembly.flights, device)
             return
         for peer in range(last):
-            theirs = [cells[index] for index in self._groups[peer]]
-            needs = [need for cell in theirs for need in (cell.needs, cell.auxiliary_needs) if need is not None]
-            errors = max(needs) >= Needs.ERROR and not cells[-1].joined_above
+            errors = not cells[-1].joined_above  # else the error never comes to light, since nobody needs it, in any phase
             scores = errors and cells[0].rule.wants_sample_losses()
             channel = Channel(world, peer, _CONTROL, _NEWS, _CPU, ahead=2 * news.AT_A_TIME)
             self._listeners.append((channel, errors, scores))
@@ -345,13 +343,16 @@ class Pipeline(Executor):
         """Whether training ends after a step: once the first process wants it and every other has been told on the way."""
         if self.world.size == 1:
             return wanted
-        if self.leads and wanted and self._word.said < 0:
-            self._word.said = max(step, self._filled) + self.world.size
-        return 0 <= self._word.said <= step
+        if self.leads and wanted:
+            self._word.say(max(step, self._filled) + self.world.size)
+        return self._word.is_due(step)
 
     def agrees(self, wanted: bool) -> bool:
         """Whether the first process wants something; all wait for its answer."""
-        return self.world.from_first(lambda: wanted)
+        agreed = self.world.from_first(lambda: wanted)
+        if agreed:
+            self._word.is_due(self._word.said)  # whatever is still on its way has been heeded
+        return agreed
 
 
 def _kind(flight: Flight) -> Hashable:
