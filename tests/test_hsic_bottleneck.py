@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import lockfree as lf
 from lockfree import checkpoint, models
-from lockfree.readouts import Head, order_of, order_on_evaluated
+from lockfree.heads import Head
+from lockfree.readouts import order_of, order_on_evaluated
 
 HSIC = lf.rules.HSICBottleneck
 F64 = torch.float64

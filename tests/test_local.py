@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import lockfree as lf
 from lockfree import checkpoint, local
-from lockfree.readouts import Head
+from lockfree.heads import Head
 from lockfree.rules.aug_local import AugLocal
 from lockfree.rules.decoupled_greedy import DecoupledGreedy
 from lockfree.rules.info_pro import InfoPro, contrast

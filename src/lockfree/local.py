@@ -143,9 +143,12 @@ class StackedLosses(CreditStack):
         # With all that the rule may look at, which is more than a stack shows it.
         return self._losses.gives(lambda: [self._rule.local_loss(c, c.auxiliary, [c.outputs[0]]) for c in contexts], *given)
 
-    def credit(self, outputs: Tensor, flights: Sequence[Flight]) -> Tensor:
+    def shown(self, flights: Sequence[Flight], outputs: Tensor) -> list[Tensor]:
+        return [torch.stack([flight.target for flight in flights])]
+
+    def credit(self, outputs: Tensor, shown: Sequence[Tensor]) -> Tensor:
         y = outputs.detach().requires_grad_()
-        losses = self._losses.run(y, torch.stack([flight.target for flight in flights]))
+        losses = self._losses.run(y, *shown)
         (credit,) = self._losses.differentiate(losses, torch.ones_like(losses), (y,))
         self._found = losses.detach()
         return credit

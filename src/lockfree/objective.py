@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lockfree.chain import output_tensors
@@ -38,6 +39,17 @@ class Objective:
             )
         self._loss = loss
         self.scores_shape: torch.Size | None = None
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether the loss is PyTorch's cross entropy with its default settings."""
+        loss = self._loss
+        if isinstance(loss, nn.CrossEntropyLoss):
+            defaults = (
+                loss.weight is None and loss.reduction == "mean" and not loss.label_smoothing and loss.ignore_index == -100
+            )
+            return type(loss) is nn.CrossEntropyLoss and defaults
+        return loss is F.cross_entropy
 
     def __call__(self, outputs: Values, target: Any) -> tuple[Tensor, Credit]:
         """Returns the loss and the error, its gradient for each tensor of the output, shape of that tensor.

@@ -9,9 +9,10 @@ from jaxtyping import Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from lockfree.heads import Head
 from lockfree.objective import describe
 from lockfree.rule import Context, Needs, Pace, Place, Site, Trained
-from lockfree.values import Values, by_place, carrying, tensors
+from lockfree.values import Values, carrying, tensors
 
 
 class Readout(ABC):
@@ -267,48 +268,3 @@ class _SummedHeads(nn.Module):
     def forward(self, outputs: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
         scores = [head(y) for head, y in zip(self.heads, outputs, strict=True)]
         return torch.stack(scores).sum(0)
-
-
-class Head(nn.Module):
-    """A linear map from a block's output to scores of the model's own shape; it starts at 0.
-
-    Of images no more than 2,048 features are kept, by taking means over patches. Where output and scores are sequences of the same
-    length, each place is read out on its own.
-
-    Args:
-        y: An example of the output, shape (m, ...).
-        scores: An example of the model's output, shape (m, ...).
-
-    Example:
-        >>> Head(torch.zeros(2, 64, 14, 14), torch.zeros(2, 10))(torch.ones(3, 64, 14, 14)).shape
-        torch.Size([3, 10])
-
-    Reference:
-        Nøkland, Eidnes 2019, arXiv 1901.06656, section 2.1, whose local classifier this is.
-    """
-
-    def __init__(self, y: Tensor, scores: Tensor) -> None:
-        super().__init__()
-        self.pool: nn.Module = nn.Identity()
-        if y.dim() == 4 and y[0].numel() > _MOST_FEATURES:
-            side = max(1, int((_MOST_FEATURES / y.shape[1]) ** 0.5))
-            self.pool = nn.AdaptiveAvgPool2d((min(side, y.shape[2]), min(side, y.shape[3])))
-        self._sequence = by_place(y, scores)
-        self._shape = scores.shape[1:]
-        if self._sequence:
-            self.linear = nn.Linear(y.shape[-1], scores.shape[-1])
-        else:
-            self.linear = nn.Linear(self.pool(y[:1]).numel(), scores[0].numel())
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        self.to(y.device, torch.promote_types(y.dtype, torch.float32))  # an example under autocast may be of less
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Returns the scores."""
-        y = y.to(self.linear.weight.dtype)
-        if self._sequence:
-            return self.linear(y)
-        return self.linear(self.pool(y).flatten(1)).unflatten(1, self._shape)
-
-
-_MOST_FEATURES = 2048

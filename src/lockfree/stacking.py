@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lockfree.flight import Flight
+from lockfree.layerwise import Layerwise
 from lockfree.rng import undisturbed
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class Descent(ABC):
 
 
 class ModuleStack:
-    """Modules of equal structure as one: the first serves as the template, which `torch.func.vmap` runs with the weights of all.
+    """Modules of equal structure as one: the first serves as the template, which is run with the weights of all.
+
+    `Layerwise` does so where it knows every layer, `torch.func.vmap` elsewhere.
 
     Args:
         modules: The modules, bottom to top.
@@ -83,7 +86,9 @@ class ModuleStack:
         names = [name for name, _ in self._template.named_buffers()]
         self._buffers = dict(zip(names, zip(*(module.buffers() for module in modules), strict=True), strict=True))
         self._modes = self._training()
-        self._run = torch.func.vmap(self._one, randomness="error")
+        layerwise = Layerwise.of(self._template)
+        self._ways = ([layerwise] if layerwise else []) + [torch.func.vmap(self._one, randomness="error")]
+        self._run = self._ways[0]
         self._moved: dict[str, Tensor] = {}
         self._leaves: list[Tensor] = []
         self._found: Sequence[Tensor | None] = ()
@@ -123,14 +128,19 @@ class ModuleStack:
         with contextlib.ExitStack() as unchanged:
             for module in self._modules:
                 unchanged.enter_context(undisturbed(module))
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("error")  # such as that an operation will be run in a loop
-                    together = self.run(*values).detach()
-            except (RuntimeError, ValueError, TypeError, IndexError, Warning):
-                return False
             with torch.no_grad():
-                pairs = list(zip(alone(), together, strict=True))
+                wanted = alone()
+            return any(self._gives_by(way, wanted, values) for way in self._ways)
+
+    def _gives_by(self, way: Callable[..., Tensor], wanted: Sequence[Any], values: Sequence[Tensor]) -> bool:
+        self._run = way
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # such as that an operation will be run in a loop
+                together = self.run(*values).detach()
+        except (RuntimeError, ValueError, TypeError, IndexError, Warning):
+            return False
+        pairs = zip(wanted, together, strict=True)
         return all(isinstance(one, Tensor) and _close(one, other) for one, other in pairs)
 
     def differentiate(self, made: Tensor, credit: Tensor, wanted: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -166,13 +176,11 @@ class CreditStack(ABC):
         waits: Whether they learn from the message that arrives one tick after the credit was taken, not in the same tick.
         awaiting: Of those that wait, the credit that was taken one tick ago, shape of the outputs. The messages from above are
             subtracted from it before they learn, so that what remains is what they missed the truth by.
-        sees_targets: Whether credit depends on the batches, not on the outputs alone.
     """
 
     parameters: Sequence[ParameterStack] = ()
     waits: bool = False
     awaiting: Tensor = torch.empty(0)
-    sees_targets: bool = True
 
     @property
     def holds(self) -> bool:
@@ -194,14 +202,30 @@ class CreditStack(ABC):
         """
         return True
 
+    def shown(self, flights: Sequence[Flight], outputs: Tensor) -> list[Tensor]:
+        """Returns what credit depends on besides the outputs: labels, say.
+
+        Args:
+            flights: The batch that each cell works on.
+            outputs: Memory for what the cells will make of them, shape (n, m, ...).
+        """
+        return []
+
     @abstractmethod
-    def credit(self, outputs: Tensor, flights: Sequence[Flight]) -> Tensor:
+    def credit(self, outputs: Tensor, shown: Sequence[Tensor]) -> Tensor:
         """Returns the credit of each cell's output.
 
         Args:
             outputs: Shape (n, m, ...).
-            flights: The batch that each cell works on; none unless it sees targets.
+            shown: What `shown` returned.
         """
+
+    def carried(self) -> list[Tensor]:
+        """Returns what is kept from this tick for the next."""
+        return []
+
+    def carry(self, kept: Sequence[Tensor]) -> None:  # noqa: B027  (who keeps nothing has nothing to replace)
+        """Replaces what is kept by other memory of the same contents."""
 
     @abstractmethod
     def learn(self) -> Tensor:

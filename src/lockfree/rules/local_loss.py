@@ -1,7 +1,8 @@
 """Local losses: each block tells the classes apart by itself, and makes samples of one class alike."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree.choose import choose
+from lockfree.heads import Head, StackedHeads
 from lockfree.local import HeadRule, as_input_of, twin_of_readout
-from lockfree.readouts import Head
+from lockfree.objective import Objective
 from lockfree.rule import Card, Context, Site
+from lockfree.stacking import CreditStack
 from lockfree.targets import target_rows
 from lockfree.values import by_place
 
@@ -115,6 +118,12 @@ class LocalLoss(HeadRule):
         if pred is None or sim is None:
             return pred if sim is None else sim  # pyrefly: ignore[bad-return]
         return self.balance * sim + (1 - self.balance) * pred
+
+    def credit_stack(self, auxiliaries: Sequence[nn.Module | None], objective: Objective) -> CreditStack | None:
+        heads = [cast("_LocalHeads", head) for auxiliary in auxiliaries for head in cast("nn.ModuleList", auxiliary or [])]
+        classifiers = [head.classifier for head in heads if head.classifier is not None and head.map is None]
+        by_hand = StackedHeads.of(classifiers, objective) if len(classifiers) == len(auxiliaries) else None
+        return by_hand or super().credit_stack(auxiliaries, objective)
 
     def _wanted(self, context: Context, head: _LocalHeads) -> Tensor:
         """Returns S of the targets, made once a batch."""

@@ -32,7 +32,7 @@ class LinearCredits(CreditStack):
         self._weight = ParameterStack([network.weight for network in networks])
         self._table = ParameterStack([network.table for network in networks])
         self.parameters = [self._weight, self._table]
-        self._classes, self._labels, self.sees_targets = networks[0].classes, labels, labels is not None
+        self._classes, self._labels = networks[0].classes, labels
         self._transposed = self._weight.value.mT
         # What the predictions whose truth is to come were made from; they themselves are `awaiting`.
         self._rows = torch.empty(0)
@@ -54,20 +54,31 @@ class LinearCredits(CreditStack):
         rows, credits = self._rows.clone().unbind(), self.awaiting.clone().unbind()
         return [[Prediction(c, (r, label))] for c, r, label in zip(credits, rows, labels, strict=True)]
 
-    def credit(self, outputs: Tensor, flights: Sequence[Flight]) -> Tensor:
+    def shown(self, flights: Sequence[Flight], outputs: Tensor) -> list[Tensor]:
+        if self._labels is None:
+            return []
+        label = torch.stack([self._labels(flight.shared, flight.target, outputs[0], self._classes) for flight in flights])
+        label, rows = label.to(outputs.dtype), outputs.flatten(1, -2).shape[1]
+        # One label for all steps of a sequence.
+        return [label if label.shape[1] == rows else label.repeat_interleave(rows // label.shape[1], dim=1)]
+
+    def credit(self, outputs: Tensor, shown: Sequence[Tensor]) -> Tensor:
         rows, samples = outputs.flatten(1, -2), outputs.shape[1]
         credit = self._missed if self._missed.shape == outputs.shape else torch.empty_like(outputs)
-        predicted, table, label = credit.flatten(1, -2), self._table.value / samples, None
-        if self._labels is None:
+        predicted, table, label = credit.flatten(1, -2), self._table.value / samples, next(iter(shown), None)
+        if label is None:
             torch.baddbmm(table, rows, self._transposed, alpha=1 / samples, out=predicted)
         else:
-            each = [self._labels(flight.shared, flight.target, outputs[0], self._classes) for flight in flights]
-            label = torch.stack(each).to(rows.dtype)
-            if label.shape[1] != rows.shape[1]:  # one label for all steps of a sequence
-                label = label.repeat_interleave(rows.shape[1] // samples, dim=1)
             torch.bmm(label, table, out=predicted).baddbmm_(rows, self._transposed, alpha=1 / samples)
         self._next = rows, credit, label
         return credit
+
+    def carried(self) -> list[Tensor]:
+        return [self._rows, self.awaiting, *([] if self._label is None else [self._label])]
+
+    def carry(self, kept: Sequence[Tensor]) -> None:
+        self._rows, self.awaiting, *labels = kept
+        self._label = next(iter(labels), None)
 
     def learn(self) -> Tensor:
         self._missed = self.awaiting

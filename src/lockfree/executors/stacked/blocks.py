@@ -143,7 +143,7 @@ class AffineBlocks(BlockStack):
 
 
 class ModuleBlocks(BlockStack):
-    """Any blocks, by `torch.func.vmap`.
+    """Any blocks: layer by layer, or by `torch.func.vmap`.
 
     Args:
         bodies: What runs the blocks.
@@ -152,6 +152,7 @@ class ModuleBlocks(BlockStack):
     def __init__(self, bodies: Sequence[nn.Module]) -> None:
         self._modules = ModuleStack(bodies)
         self.parameters = self._modules.parameters
+        self._shape = torch.Size()  # of what one block makes
         self._x = self._y = self._messages = torch.empty(0)
 
     @property
@@ -160,10 +161,18 @@ class ModuleBlocks(BlockStack):
 
     def agrees(self, bodies: Sequence[nn.Module], inputs: Tensor) -> bool:
         """Whether each block by itself makes of its input what they make together."""
-        return self._modules.gives(lambda: [body(x) for body, x in zip(bodies, inputs, strict=True)], inputs)
+        made: list[Tensor] = []
+
+        def alone() -> list[Tensor]:
+            made.extend(body(x) for body, x in zip(bodies, inputs, strict=True))
+            return made
+
+        agrees = self._modules.gives(alone, inputs)
+        self._shape = made[0].shape
+        return agrees
 
     def room(self, inputs: Tensor) -> Tensor:
-        return torch.empty_like(inputs)  # in a run of blocks what goes out is what goes in
+        return inputs.new_empty(len(inputs), *self._shape)
 
     def forward(self, inputs: Tensor, outputs: Tensor) -> None:
         self._x = inputs.detach().requires_grad_()

@@ -5,12 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lockfree.cell import Cell
 from lockfree.executors.base import Assembly, Losses, Outcome
 from lockfree.executors.sequential import act
-from lockfree.executors.stacked.alike import anatomy
 from lockfree.executors.stacked.blocks import BlockStack
 from lockfree.rule import Needs
 from lockfree.schedule import Action, Kind
@@ -39,30 +38,52 @@ class Credits(ABC):
         """Whether the auxiliary networks are still those that were stacked."""
         return True
 
+    @property
+    def repeats(self) -> bool:
+        """Whether `take`, `learn` and `descend` are the same operations on tensors in each tick, given what is shown."""
+        return True
+
     def enter(self, assembly: Assembly, tick: int) -> None:  # noqa: B027  (most keep nothing from tick to tick)
         """Takes over what the cells have in flight, before a tick."""
 
     def leave(self, assembly: Assembly, tick: int) -> None:  # noqa: B027
         """Gives back what the cells have in flight, after a tick."""
 
+    def shown(self, assembly: Assembly, tick: int, outputs: Tensor) -> list[Tensor]:
+        """Returns what credit depends on besides inputs and outputs; ``outputs`` is where these will be."""
+        return []
+
     @abstractmethod
-    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, shown: Sequence[Tensor]) -> Tensor:
         """Returns the credit of the outputs, of their shape (n, m, ...)."""
 
     def ages(self, assembly: Assembly, kind: Kind) -> list[int]:
         """Returns for each cell the ticks between a batch's entry and that action."""
         return [assembly.schedule.age(cell.place.index, kind) or 0 for cell in self.cells]
 
-    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
-        """Lets the auxiliary networks learn; returns a number that is finite if all their losses are.
+    def learn(
+        self, assembly: Assembly, tick: int, blocks: BlockStack, message: Tensor | None, outcome: Outcome
+    ) -> Tensor | None:
+        """Lets the auxiliary networks learn; returns a number that is finite if all losses are.
 
         Args:
             assembly: What is worked on.
             tick: Number of the tick.
             blocks: The cells' blocks, which have taken their credit and can report dL/dx.
-            outcome: Is told of the losses.
+            message: What the stack right above reports; ``None``: what is above hands its message to the link.
+            outcome: Is told of losses that nobody else tells of.
         """
         return None
+
+    def tell(self, assembly: Assembly, tick: int, outcome: Outcome) -> None:  # noqa: B027  (who learns cell by cell has told)
+        """Says what losses came to light in a tick."""
+
+    def carried(self) -> list[Tensor]:
+        """Returns what is kept from this tick for the next."""
+        return []
+
+    def carry(self, kept: Sequence[Tensor]) -> None:  # noqa: B027
+        """Replaces what is kept by other memory of the same contents."""
 
     def descend(self, descent: Descent) -> None:  # noqa: B027  (who learns cell by cell leaves gradients where they belong)
         """Hands over the gradients of what learns here."""
@@ -100,30 +121,46 @@ class Together(Credits):
             batch = tick + 1 - age
             cell.remember(batch, outputs.clone(), memo, assembly.flights[batch])
 
-    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
-        self._outputs = outputs
+    def shown(self, assembly: Assembly, tick: int, outputs: Tensor) -> list[Tensor]:
         losses = self._told()
         if losses is not None:  # somebody keeps them, and what they are made of is about to be overwritten
             losses.read()
         flights = assembly.flights
-        return self._stack.credit(outputs, [flights[tick - age] for age in self._forward] if self._stack.sees_targets else ())
+        return self._stack.shown([flights[tick - age] for age in self._forward], outputs)
 
-    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, shown: Sequence[Tensor]) -> Tensor:
+        self._outputs = outputs
+        return self._stack.credit(outputs, shown)
+
+    def learn(
+        self, assembly: Assembly, tick: int, blocks: BlockStack, message: Tensor | None, outcome: Outcome
+    ) -> Tensor | None:
         if self._stack.waits:
-            self._hear(assembly, tick - self._learn[-1], blocks)
-        check, losses = self._stack.learn(), Losses(self._stack.losses)
-        self._told = weakref.ref(losses)
-        outcome.stacked.append((self._first, losses))
-        return check
+            self._hear(self._sent(assembly, tick) if message is None else message, blocks)
+        return self._stack.learn()
 
-    def _hear(self, assembly: Assembly, batch: int, blocks: BlockStack) -> None:
-        """Subtracts from each prediction the truth: the message of the next cell of the stack; for the last one its link's."""
+    def _sent(self, assembly: Assembly, tick: int) -> Tensor:
+        (message,) = assembly.links[self._last].receive(tick - self._learn[-1]) or (None,)
+        assert message is not None, "who learns from messages is sent some"
+        return message
+
+    def _hear(self, from_above: Tensor, blocks: BlockStack) -> None:
+        """Subtracts from each prediction the truth: the message of the next cell of the stack; for the last one from above."""
         predicted = self._stack.awaiting
-        (from_above,) = assembly.links[self._last].receive(batch) or (None,)
-        assert from_above is not None, "who learns from messages is sent some"
         predicted[-1].sub_(from_above)
         if len(self.cells) > 1:
             blocks.report(predicted[:-1], first=1, beta=1.0, alpha=-1.0)
+
+    def tell(self, assembly: Assembly, tick: int, outcome: Outcome) -> None:
+        losses = Losses(self._stack.losses)
+        self._told = weakref.ref(losses)
+        outcome.stacked.append((self._first, losses))
+
+    def carried(self) -> list[Tensor]:
+        return self._stack.carried()
+
+    def carry(self, kept: Sequence[Tensor]) -> None:
+        self._stack.carry(kept)
 
     def descend(self, descent: Descent) -> None:
         self._stack.descend(descent)
@@ -136,7 +173,11 @@ class OneByOne(Credits):
         super().__init__(cells)
         self._inputs = torch.empty(0)
 
-    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
+    @property
+    def repeats(self) -> bool:
+        return False
+
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, shown: Sequence[Tensor]) -> Tensor:
         credits, self._inputs = [], inputs
         kept = inputs.clone(), outputs.clone()  # a rule may remember them for longer than the stack does
         for cell, age, x, y in zip(self.cells, self.ages(assembly, Kind.FORWARD), *kept, strict=True):
@@ -152,7 +193,9 @@ class OneByOne(Credits):
             credits.append(credit[0])
         return torch.stack(credits)
 
-    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
+    def learn(
+        self, assembly: Assembly, tick: int, blocks: BlockStack, message: Tensor | None, outcome: Outcome
+    ) -> Tensor | None:
         reporting = [cell.place.index for cell in self.cells[1:] if cell.reports]
         if reporting:
             messages = self._inputs.new_empty(self._inputs[1:].shape)
@@ -171,25 +214,41 @@ class FromLoss(Credits):
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         super().__init__(cells)
-        self._loss = torch.empty(0)
+        self._loss, self._target = torch.empty(0), None
 
-    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, outcome: Outcome) -> Tensor:
-        batch = tick - (assembly.schedule.age(self.cells[0].place.index, Kind.FORWARD) or 0)
+    @property
+    def repeats(self) -> bool:
+        return isinstance(self._target, Tensor)
+
+    def shown(self, assembly: Assembly, tick: int, outputs: Tensor) -> list[Tensor]:
+        self._target = assembly.flights[self._batch(assembly, tick)].target
+        return [self._target] if isinstance(self._target, Tensor) else []
+
+    def _batch(self, assembly: Assembly, tick: int) -> int:
+        return tick - (assembly.schedule.age(self.cells[0].place.index, Kind.FORWARD) or 0)
+
+    def take(self, assembly: Assembly, tick: int, inputs: Tensor, outputs: Tensor, shown: Sequence[Tensor]) -> Tensor:
         scores = outputs[0].detach().requires_grad_()
-        loss = assembly.objective.evaluate(scores, assembly.flights[batch].target)
+        loss = assembly.objective.evaluate(scores, shown[0] if shown else self._target)
         (error,) = torch.autograd.grad(loss, scores)
-        outcome.losses[batch] = self._loss = loss.detach()
+        self._loss = loss.detach()
         return error[None]
 
-    def learn(self, assembly: Assembly, tick: int, blocks: BlockStack, outcome: Outcome) -> Tensor | None:
+    def learn(
+        self, assembly: Assembly, tick: int, blocks: BlockStack, message: Tensor | None, outcome: Outcome
+    ) -> Tensor | None:
         return self._loss
+
+    def tell(self, assembly: Assembly, tick: int, outcome: Outcome) -> None:
+        # A copy: where ticks are repeated, the next one writes its loss to the same place.
+        outcome.losses[self._batch(assembly, tick)] = self._loss.clone()
 
 
 def credits_for(cells: Sequence[Cell], inputs: Sequence[Tensor], assembly: Assembly, tick: int) -> Credits | None:
     """Returns where these cells' credit comes from; ``None`` if they cannot take it the moment that they have run.
 
     Args:
-        cells: Of equal structure, bottom to top.
+        cells: Of equal structure, their auxiliary networks too, bottom to top.
         inputs: What they are about to run on.
         assembly: What they are part of.
         tick: Number of the tick.
@@ -202,8 +261,6 @@ def credits_for(cells: Sequence[Cell], inputs: Sequence[Tensor], assembly: Assem
         return FromLoss(cells) if cells[-1].joined_above and len(cells) == 1 else None
     if any(cell.joined_above or cell.joined_below or cell.needs > Needs.TARGET for cell in cells):
         return None
-    if not _alike([cell.auxiliary for cell in cells]):
-        return OneByOne(cells)
     stack = rule.credit_stack([cell.auxiliary for cell in cells], assembly.objective)
     if stack is not None:
         ages = [((schedule.age(i, Kind.AUXILIARY) or 0) - (schedule.age(i, Kind.FORWARD) or 0)) for i in indices]
@@ -212,8 +269,3 @@ def credits_for(cells: Sequence[Cell], inputs: Sequence[Tensor], assembly: Assem
         if all(age == int(stack.waits) for age in ages) and stack.agrees(contexts):
             return Together(cells, stack, assembly)
     return OneByOne(cells)
-
-
-def _alike(networks: Sequence[nn.Module | None]) -> bool:
-    found = {"" if network is None else repr(anatomy(network)) for network in networks}
-    return len(found) == 1

@@ -15,6 +15,7 @@ from lockfree.executors.base import Assembly, Executor, Outcome
 from lockfree.executors.sequential import Sequential, act
 from lockfree.executors.stacked.alike import anatomy, held_alone
 from lockfree.executors.stacked.blocks import AffineBlocks, BlockStack, ModuleBlocks, affine
+from lockfree.executors.stacked.captured import CAPTURES, Shown, Ticks
 from lockfree.executors.stacked.credit import Credits, OneByOne, credits_for
 from lockfree.executors.stacked.stack import Stack
 from lockfree.executors.stacked.update import StackedUpdate, stacked_update
@@ -39,6 +40,7 @@ class _Plan:
         device: Type of the device.
         blocks: Steps the weights of the blocks.
         auxiliaries: Steps those of auxiliary networks; ``None`` if no stack has any.
+        ticks: The work of a tick as captured graphs, once there are any.
     """
 
     stacks: list[Stack]
@@ -48,6 +50,55 @@ class _Plan:
     device: str
     blocks: StackedUpdate
     auxiliaries: StackedUpdate | None
+    ticks: Ticks | None = None
+
+    def compute(self, assembly: Assembly, tick: int, shown: Shown, outcome: Outcome) -> Tensor:
+        """F, L and A of all cells; returns a number that is finite if all that the stacks made is. No weight has changed."""
+        checks = [stack.run(tick, one) for stack, one in zip(self.stacks, shown, strict=True)]
+        for cell, kind, shift in self.others:
+            act(assembly, Action(cell, kind, tick + shift), outcome)
+        for stack in self.stacks:
+            stack.hand_up()
+        checks += [check for stack in self.stacks if (check := stack.learn(tick, outcome)) is not None]
+        return sum(checks[1:], start=checks[0])
+
+    def descend(self, block_learnt: bool = False, auxiliary_learnt: bool = False) -> None:
+        """Steps all weights.
+
+        Args:
+            block_learnt: Whether gradients lie on blocks that are in no stack.
+            auxiliary_learnt: The same of auxiliary networks.
+        """
+        for stack in self.stacks:
+            stack.blocks.descend(self.blocks)
+            if self.auxiliaries is not None:
+                stack.credits.descend(self.auxiliaries)
+        self.blocks.finish(block_learnt)
+        if self.auxiliaries is not None:
+            self.auxiliaries.finish(auxiliary_learnt)
+
+    def captured(self, assembly: Assembly) -> Ticks | None:
+        """Returns the ticks as captured graphs, where the device has them and each tick is the same work."""
+        capture = CAPTURES.get(self.device)
+        updates = [self.blocks] + ([self.auxiliaries] if self.auxiliaries else [])
+        alike = all(stack.self_contained for stack in self.stacks) and not self.others and not self.alone
+        if capture is None or not alike or any(update.settings is None for update in updates):
+            return None
+        if self.ticks is None:
+            self.ticks = Ticks(
+                capture(),
+                carried=lambda: [one for stack in self.stacks for one in stack.carried()],
+                carry=self._carry,
+                compute=lambda shown: self.compute(assembly, 0, shown, Outcome()),  # which tick it is plays no part
+                descend=self.descend,
+                settings=lambda: [update.settings for update in updates],
+            )
+        return self.ticks
+
+    def _carry(self, kept: Sequence[Tensor]) -> None:
+        left = iter(kept)
+        for stack in self.stacks:
+            stack.carry([next(left) for _ in stack.carried()])
 
     @property
     def holds(self) -> bool:
@@ -125,6 +176,8 @@ class Stacked(Executor):
             return None
         self._plan = _plan_for(stacks, assembly, tick)
         if self._plan is not None:
+            for lower, upper in itertools.pairwise(stacks):
+                upper.joins(lower)
             for stack in stacks:
                 stack.enter(tick)
         return self._plan
@@ -153,25 +206,23 @@ class Stacked(Executor):
 def _run(assembly: Assembly, plan: _Plan, tick: int) -> Outcome:
     """A tick of a full pipeline: everything runs and is found finite before any weight changes."""
     outcome = Outcome()
-    checks = [stack.run(tick, outcome) for stack in plan.stacks]
-    for cell, kind, shift in plan.others:
-        act(assembly, Action(cell, kind, tick + shift), outcome)
-    checks += [check for stack in plan.stacks if (check := stack.learn(tick, outcome)) is not None]
-    if not math.isfinite(sum(checks[1:], start=checks[0]).item()):
+    shown = [stack.shown(tick) for stack in plan.stacks]
+    ticks = plan.captured(assembly)
+    check = plan.compute(assembly, tick, shown, outcome) if ticks is None else ticks.compute(shown)
+    for stack in plan.stacks:
+        stack.credits.tell(assembly, tick, outcome)
+    if not math.isfinite(check.item()):
         for stack in plan.stacks:
             stack.refuse_what_is_not_finite(tick, outcome)
     block_learnt = any(cell.learnt[0] for cell in plan.alone)
     auxiliary_learnt = any(cell.learnt[1] for cell in plan.alone)
     for cell in plan.alone:
         cell.before_update()
-    for stack in plan.stacks:
-        stack.blocks.descend(plan.blocks)
-        if plan.auxiliaries is not None:
-            stack.credits.descend(plan.auxiliaries)
-    plan.blocks.finish(block_learnt)
-    if plan.auxiliaries is not None:
-        plan.auxiliaries.finish(auxiliary_learnt)
-    elif auxiliary_learnt and assembly.auxiliaries is not None:
+    if ticks is None:
+        plan.descend(block_learnt, auxiliary_learnt)
+    else:
+        ticks.descend()
+    if plan.auxiliaries is None and auxiliary_learnt and assembly.auxiliaries is not None:
         assembly.auxiliaries.take()
     del assembly.flights[tick - assembly.schedule.depth]
     return outcome
@@ -244,16 +295,18 @@ def _kind(cell: Cell, inputs: Values) -> tuple | None:
     if not served:
         return None
     shape = (tuple(inputs.shape), inputs.dtype, inputs.device)
-    return (*shape, repr(anatomy(body)), cell.place.top)
+    beside = None if cell.auxiliary is None else repr(anatomy(cell.auxiliary))
+    return (*shape, repr(anatomy(body)), beside, cell.place.top)
 
 
 def _blocks(cells: Sequence[Cell], credits: Credits, inputs: Sequence[Tensor]) -> BlockStack | None:
-    """Returns the blocks as one, if they are; a single block only where that is done by hand."""
+    """Returns the blocks as one, if they are; a single block only where that is done by hand or ticks can be captured."""
     bodies = [body for cell in cells if (body := cell.block.body) is not None]
     found = [affine(body) for body in bodies]
     layers = [one for one in found if one is not None]
     by_hand = len(layers) == len(cells) and all(layer.weight.dtype == inputs[0].dtype for layer, _ in layers)
-    if len(cells) == 1 and (not by_hand or isinstance(credits, OneByOne)):
+    gains = by_hand or inputs[0].device.type in CAPTURES
+    if len(cells) == 1 and (not gains or isinstance(credits, OneByOne)):
         return None
     if by_hand:
         return AffineBlocks([layer for layer, _ in layers], layers[0][1])

@@ -37,6 +37,11 @@ class StackedUpdate(Descent):
         """Whether the optimizer's state is still the one that was stacked, and its step the one that is taken here."""
         return True
 
+    @property
+    def settings(self) -> object:
+        """The numbers in its operations, which change only if these do; ``None`` if it does not take the same ones each time."""
+        return None
+
     def finish(self, others: bool) -> None:
         """Ends the tick's step.
 
@@ -126,6 +131,10 @@ class BySGD(StackedUpdate):
         optimizer = self._update.optimizer
         moving = all(bool(self._group[key]["momentum"]) == (key in self._momentum) for key in self._group)
         return moving and optimizer.state is self._state and _plain(optimizer, self._groups, _NOT_BY_SGD)
+
+    @property
+    def settings(self) -> object:
+        return [[group[name] for name in ("lr", "momentum", "dampening", "weight_decay")] for group in self._groups]
 
     def follow(self, stack: ParameterStack, gradient: Tensor) -> None:
         group, momentum = self._group[id(stack)], self._momentum.get(id(stack))
