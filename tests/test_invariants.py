@@ -60,6 +60,7 @@ def plain_losses(model, loss, optimizer, batches):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("blocks", [None, "names", 2, 3])
 @named(MODELS.values())
+@pytest.mark.thinned(3)
 def test_backprop_equals_a_plain_loop(case, blocks, optimizer, dtype):
     double = dtype == torch.float64
     if case.name == "resnet20" and (double, optimizer == "adam") != (blocks in (3, "names"), blocks in (2, "names")):
@@ -127,6 +128,7 @@ class Withheld:
 
 @pytest.mark.parametrize("model", ["mlp", "unet", "dict", "residual", "gpt"])
 @named(RULES)
+@pytest.mark.thinned(2)
 def test_what_a_rule_does_not_need_is_not_looked_at(case, model):
     model = MODELS[model]
     if model.name in case.refuses:
@@ -152,6 +154,7 @@ def test_what_a_rule_does_not_need_is_not_looked_at(case, model):
 
 @pytest.mark.parametrize("schedule", [LOCKSTEP, PIPELINED, SCHEDULES[1]], ids=lambda row: row.name)
 @named(RULES)
+@pytest.mark.thinned(2)
 def test_messages_that_nobody_needs_never_arrive(case, schedule):
     """Garbage on the way to a cell that does not wait for it: nothing changes, not even in the auxiliary networks."""
     if not schedule.serves(case.make(), MLP.blocks):
@@ -194,6 +197,7 @@ def linear_loss(scores, target):
 @pytest.mark.parametrize("border", [1, 2, 3])
 @pytest.mark.parametrize("model", ["mlp", "residual", "in_place"])
 @named(RULES)
+@pytest.mark.thinned(4)
 def test_no_gradient_crosses_a_border_unless_it_is_needed(case, model, border):
     """Other weights above, the same update below; under backprop, another one."""
     model = MODELS[model]
@@ -602,6 +606,7 @@ def in_any_order(schedule, actions, random):
 
 @pytest.mark.parametrize("schedule", [LOCKSTEP, SCHEDULES[4]], ids=lambda row: row.name)
 @named(RULES)
+@pytest.mark.thinned(3)
 def test_any_order_of_a_tick_that_keeps_the_waits_gives_the_same_bits(case, schedule):
     """What an action waits for is all that it depends on."""
     model = MODELS["in_place"]  # no dropout: the order of draws is an order, too
@@ -635,6 +640,7 @@ RESUMED = [pytest.param(r, s, id=f"{r.name}-{s.name}") for r, s in cases.legal_p
 
 
 @pytest.mark.parametrize(("rule", "schedule"), RESUMED)
+@pytest.mark.thinned(5)
 def test_resume_is_bit_identical_at_every_step(rule, schedule, tmp_path):
     batches = MLP.batches(STEPS)
     whole = learner_for(MLP, rule.make(), schedule=schedule)
@@ -665,6 +671,7 @@ def test_resume_is_bit_identical_at_every_step(rule, schedule, tmp_path):
 @pytest.mark.parametrize("model", ["residual", "unet", "dict", "tied", "gpt", "in_place"])
 @pytest.mark.parametrize("schedule", [SCHEDULES[2], SCHEDULES[4]], ids=lambda row: row.name)
 @pytest.mark.parametrize("rule", ["backprop", "dni-hidden", "dfa"])
+@pytest.mark.thinned(5)
 def test_resume_in_mid_flight_for_every_kind_of_model(model, rule, schedule, tmp_path):
     model = MODELS[model]
     batches = model.batches(STEPS)

@@ -232,6 +232,7 @@ UNSEEN = ["fresh", "trained"]
 @pytest.mark.parametrize("before", UNSEEN)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("case", BAD)
+@pytest.mark.thinned(7)
 def test_a_bad_batch_is_a_one_line_error_and_changes_nothing(case, rule, before):
     if rule == "ff" and case == "infinite":
         pytest.skip("its label is written over the bad number")
@@ -270,6 +271,7 @@ def test_inputs_that_do_not_fit_the_model_change_nothing(spoil, rule):
 @pytest.mark.parametrize(
     "case", ["float targets", "labels too high", "empty batch", "one sample", "not a number", "too few targets"]
 )
+@pytest.mark.thinned(2)
 def test_training_goes_on_after_a_bad_batch_as_if_it_had_not_been(case, rule):
     ends = []
     for spoilt in (False, True):

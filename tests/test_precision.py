@@ -42,6 +42,7 @@ def mixed_losses(model, loss, optimizer, batches):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("blocks", [None, 2])
 @pytest.mark.parametrize("model", ["mlp", "cnn", "residual", "unet", "tied", "gpt", "resnet20"])
+@pytest.mark.thinned(3)
 def test_backprop_under_autocast_equals_the_plain_mixed_loop(model, blocks, optimizer, spanning):
     case = MODELS[model]
     batches = case.batches(10)
@@ -81,6 +82,7 @@ PAIRS = [
 
 @pytest.mark.parametrize("model", ["mlp", "unet"])
 @pytest.mark.parametrize(("rule", "schedule"), PAIRS)
+@pytest.mark.thinned(3)
 def test_every_rule_trains_under_autocast(rule, schedule, model):
     """All of the state stays finite and in float32; on the batch that it sees all the time the network gets better."""
     case = MODELS[model]
@@ -113,6 +115,7 @@ def test_every_rule_trains_under_autocast(rule, schedule, model):
 
 
 @pytest.mark.parametrize(("rule", "schedule"), PAIRS)
+@pytest.mark.thinned(3)
 def test_one_context_for_all_steps_gives_what_one_a_step_gives(rule, schedule):
     batches = MLP.batches(8)
     states = []
@@ -130,6 +133,7 @@ def test_one_context_for_all_steps_gives_what_one_a_step_gives(rule, schedule):
 
 
 @pytest.mark.parametrize(("rule", "schedule"), PAIRS)
+@pytest.mark.thinned(3)
 def test_resume_under_autocast_is_bit_identical(rule, schedule):
     batches = MLP.batches(6)
     whole = learner_for(MLP, rule.make(), schedule=schedule)
@@ -156,6 +160,7 @@ def gently(parameters):
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "unet", "dict"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda row: row.name)
+@pytest.mark.thinned(3)
 def test_every_rule_keeps_double_precision(rule, model):
     """All of the state is float64, carries more digits than float32 has, and follows the float32 run."""
     case = MODELS[model]

@@ -249,10 +249,11 @@ REAL = {
 
 
 SMALL = [(name, rule) for name in ("resnet20", "vit", "gpt") for rule in lf.rules.RULES if rule not in ("hsic", "dni", "cdni")]
-LARGE = [("vgg8b", rule) for rule in ("fa", "predsim", "auglocal", "ff")]
+LARGE = [pytest.param("vgg8b", rule, marks=pytest.mark.slow) for rule in ("fa", "predsim", "auglocal", "ff")]
 
 
 @pytest.mark.parametrize(("name", "rule"), [*SMALL, *LARGE])
+@pytest.mark.thinned(4)
 def test_real_models_learn_under_autocast_with_gathering_clipping_and_a_schedule(name, rule):
     model, x, y = REAL[name]()
     loss = (lambda scores, target: F.cross_entropy(scores.transpose(1, 2), target)) if name == "gpt" else F.cross_entropy
