@@ -619,6 +619,10 @@ def momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.03, momentum=0.9, weight_decay=1e-3)
 
 
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-3, fused=True)
+
+
 CAPTURED = {
     "dni": DNI(learning_rate=0.01),
     "cdni": DNI(conditioned=True),
@@ -627,7 +631,7 @@ CAPTURED = {
 }
 
 
-@pytest.mark.parametrize("optimizer", [sgd, momentum])
+@pytest.mark.parametrize("optimizer", [sgd, momentum, adam])
 @pytest.mark.parametrize("rule", CAPTURED)
 def test_captured_ticks_are_the_ticks(captured, rule, optimizer):
     learners = pair("affine", CAPTURED[rule], optimizer=optimizer, auxiliary_optimizer=optimizer)

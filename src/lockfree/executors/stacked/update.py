@@ -201,7 +201,9 @@ class ByAdam(StackedUpdate):
         groups = _groups(optimizer, stacks)
         if groups is None or not _plain(optimizer, groups, _NOT_BY_ADAM):
             return False
-        return all(stack.value.device.type == "cpu" and stack.value.dtype in _SERVED for stack in stacks)
+        # On an accelerator the kernel wants counts of steps there, where only a fused optimizer keeps them.
+        placed = all(stack.value.device.type == "cpu" or group["fused"] for stack, group in zip(stacks, groups, strict=True))
+        return placed and all(stack.value.dtype in _SERVED for stack in stacks)
 
     @staticmethod
     def ready(update: Update, stacks: Sequence[ParameterStack]) -> bool:
@@ -211,6 +213,10 @@ class ByAdam(StackedUpdate):
     def holds(self) -> bool:
         optimizer = self._update.optimizer
         return optimizer.state is self._state and _plain(optimizer, [group for group, *_ in self._calls], _NOT_BY_ADAM)
+
+    @property
+    def settings(self) -> object:
+        return [[group[name] for name in ("lr", "betas", *_ADAMS)] for group, *_ in self._calls]
 
     def follow(self, stack: ParameterStack, gradient: Tensor) -> None:
         self._gradients[id(stack)].copy_(gradient)
@@ -223,12 +229,12 @@ class ByAdam(StackedUpdate):
         for group, steps, lists in self._calls:
             steps.add_(1)
             beta1, beta2 = group["betas"]
-            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-            step(*lists, beta1=beta1, beta2=beta2, **settings)
+            step(*lists, lr=group["lr"], beta1=beta1, beta2=beta2, **{name: group[name] for name in _ADAMS})
         super().finish(others)
 
 
 _FUSED: dict[type, Callable[..., None]] = {torch.optim.Adam: torch._fused_adam_, torch.optim.AdamW: torch._fused_adamw_}
+_ADAMS = ("weight_decay", "eps", "amsgrad", "maximize")
 _SERVED = (torch.float32, torch.float64)
 
 
