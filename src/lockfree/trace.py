@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lockfree.cell import Cell
 from lockfree.schedule import Action, Kind, Tick
@@ -82,11 +83,20 @@ def fingerprints(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def _fingerprint(cell: Cell) -> str:
+    networks = [network for network in (cell.block, cell.auxiliary, cell.inputs) if network is not None]
+    return fingerprint(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Returns the SHA-256 of the bytes of some tensors.
+
+    Example:
+        >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(1), torch.zeros(1)])
+        True
+    """
     digest = hashlib.sha256()
-    for network in (cell.block, cell.auxiliary, cell.inputs):
-        if network is not None:
-            for tensor in (*network.parameters(), *network.buffers()):
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
