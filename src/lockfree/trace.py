@@ -100,11 +100,16 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read(path: str | Path) -> list[Line]:
+KINDS = ("header", "order", "tick", "weights")
+"""The kinds of lines in the trace of processes that each have some of the blocks."""
+
+
+def read(path: str | Path, kinds: Sequence[str] = KINDS) -> list[Line]:
     """Reads a trace; a last line that was not written to its end is left out.
 
     Args:
         path: A run folder, or the ``trace.jsonl`` in it.
+        kinds: The kinds of lines that there may be.
 
     Raises:
         ValueError: If there is none, or a line is not of a trace.
@@ -120,7 +125,7 @@ def read(path: str | Path) -> list[Line]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if not isinstance(line, dict) or line.get("kind") not in ("header", "order", "tick", "weights"):
+        if not isinstance(line, dict) or line.get("kind") not in kinds:
             raise ValueError(f"{file}: line {number} is not of a trace: delete it and what follows")
         lines.append(line)
     if not lines or lines[0]["kind"] != "header":
@@ -136,7 +141,8 @@ class Replayed:
         steps: Steps taken.
         processes: Processes of the run.
         compared: Steps after which weights were compared.
-        differing: The cells whose weights differed first, and after how many steps; empty if none ever did.
+        differing: The cells whose weights differed first, and after how many steps; empty if none ever did. A model that is not cut is
+            cell 0.
     """
 
     steps: int

@@ -18,22 +18,48 @@ answer again. `Pulled.weights` belong to the server: they stay as they are until
 
 from lockfree.server.batches import Batches
 from lockfree.server.core import Server
+from lockfree.server.durations import Constant, Duration, Gamma, Straggler
+from lockfree.server.failures import Failure, Point, ServerFailure
+from lockfree.server.history import Entry, delays
+from lockfree.server.job import Engine, Job, Outcome
 from lockfree.server.messages import Answer, Applied, Dropped, Gone, NotFinite, Pulled, Push, Refused
+from lockfree.server.replay import replay
+from lockfree.server.simulate import Simulator
 from lockfree.server.tickets import Tickets
+from lockfree.server.trace import Recorder, read
+from lockfree.server.train import Trained, train
 from lockfree.server.worker import Gradient, Worker
 
 __all__ = [
     "Answer",
     "Applied",
     "Batches",
+    "Constant",
     "Dropped",
+    "Duration",
+    "Engine",
+    "Entry",
+    "Failure",
+    "Gamma",
     "Gone",
     "Gradient",
+    "Job",
     "NotFinite",
+    "Outcome",
+    "Point",
     "Pulled",
     "Push",
+    "Recorder",
     "Refused",
     "Server",
+    "ServerFailure",
+    "Simulator",
+    "Straggler",
     "Tickets",
+    "Trained",
     "Worker",
+    "delays",
+    "read",
+    "replay",
+    "train",
 ]

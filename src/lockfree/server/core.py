@@ -92,7 +92,7 @@ class Server:
         self._memory = {} if apart else self._fresh
         self._memories: dict[int, dict[str, Any]] | None = {} if apart else None
         self._every, self._refusals, self._note = every, refusals, note
-        self._pushes = self._in_a_row = 0
+        self._pushes = self._in_a_row = self._snapshots = 0
         self._not_finite: dict[int, int] = {}  # how often, by ticket
 
     # ---- what an engine looks at -----------------------------------------------------------------------------------------------
@@ -361,8 +361,10 @@ class Server:
 
         Going on from it is bit for bit what going on without a break would have been.
         """
-        self._tell("snapshot", version=self.version)
+        self._snapshots += 1
+        self._tell("snapshot", version=self.version, number=self._snapshots)
         return {
+            "number": self._snapshots,
             "versions": self._versions.state_dict(),
             "descent": self.descent.state_dict(),
             "roster": self._roster.state_dict(),
@@ -394,7 +396,8 @@ class Server:
         self._memory, self._memories = copy.deepcopy(state["memory"]), copy.deepcopy(state["memories"])
         counts = state["counts"]
         self._pushes, self._in_a_row, self._not_finite = counts["pushes"], counts["in_a_row"], dict(counts["not_finite"])
-        self._tell("restore", version=self.version)
+        self._snapshots = max(self._snapshots, state["number"])
+        self._tell("restore", version=self.version, of=state["number"])
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

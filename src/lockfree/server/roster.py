@@ -144,8 +144,9 @@ class Roster:
         """Puts back what `state_dict` returned."""
         self._slowest, self._members = state["slowest"], {}
         for worker, fields in state["members"].items():
-            member = self._members[worker] = Member(**fields)
-            if fields["answer"] is not None:
-                told = dict(fields["answer"])
+            told = fields["answer"]
+            member = self._members[worker] = Member(**{**fields, "answer": None})
+            if told is not None:
+                told = dict(told)
                 member.answer = (Applied if told.pop("applied") else Dropped)(**told)
         self._clocks = Counter(member.clock for member in self._members.values() if member.live)
