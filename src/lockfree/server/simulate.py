@@ -124,7 +124,8 @@ class _Simulation:
                 )
             self._now, _, _, action = heapq.heappop(self._queue)
             action()
-            self._wake()
+            if self.server.version < self._job.updates:
+                self._wake()
         if self._marked != self.server.version:
             self.server.fingerprint()
 
