@@ -557,7 +557,7 @@ def test_who_joins_late_begins_where_the_slowest_is():
     server.join(2)
     assert server.clocks == {0: 3, 1: 1, 2: 1}
     assert server.slowest == 1
-    assert lines[-1] == {"kind": "join", "worker": 2, "incarnation": 1, "clock": 1}
+    assert lines[-1] == {"kind": "join", "worker": 2, "incarnation": 1, "clock": 1, "replaced": False}
     server.push(worker.answer(server.pull(0, 1)))
     assert server.pull(0, 1) is None  # at 4, the slowest at 1
     server.evict(1)

@@ -154,7 +154,8 @@ class Server:
         if isinstance(worker, bool) or not isinstance(worker, int) or worker < 0:
             raise Refused(f"worker {worker!r}: give a whole number, 0 or more")
         known = self._roster.known(worker)
-        if known is not None and known.live:
+        replaced = known is not None and known.live
+        if known is not None and replaced:
             self._take_out(worker, known)
         clock = self._roster.slowest
         if self.consistency.barrier and self._round.begun and not self._deck.came_back:
@@ -162,7 +163,7 @@ class Server:
         member = self._roster.enter(worker, clock)
         if self.consistency.barrier and self._round.begun and clock == self._roster.slowest:
             member.ticket = self._deck.deal()
-        self._tell("join", worker=worker, incarnation=member.incarnation, clock=clock)
+        self._tell("join", worker=worker, incarnation=member.incarnation, clock=clock, replaced=replaced)
         self._end_round_if_complete()
         return member.incarnation
 

@@ -17,7 +17,7 @@ from lockfree.server.worker import Worker
 from lockfree.staleness import ASP, Consistency, Correction, NoCorrection
 from lockfree.trace import Line, Replayed
 
-_COMPARED = ("kind", "worker", "incarnation", "sequence", "version", "read", "ticket", "clock", "outcome", "delay")
+_COMPARED = ("kind", "worker", "incarnation", "sequence", "version", "read", "ticket", "clock", "replaced", "outcome", "delay")
 
 
 class Parted(Exception):  # noqa: N818  (it is what happened, and never leaves this file)
