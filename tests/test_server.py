@@ -578,6 +578,39 @@ def test_who_joins_in_the_midst_of_a_round_waits_for_the_next():
     assert [server.pull(number, 1).ticket for number in (2, 0, 1)] == [4, 2, 3]
 
 
+@pytest.mark.parametrize("pushed", [0, 1, 2])
+def test_who_begins_anew_has_its_place_in_the_round(pushed):
+    clean, worker, _ = served(consistency=BSP())
+    server, _, _ = served(consistency=BSP())
+    for one in (clean, server):
+        for number in range(3):
+            one.join(number)
+        pulls = [one.pull(number, 1) for number in range(3)]
+        for number in range(pushed):
+            one.push(worker.answer(pulls[number]))
+        if one is server:
+            server.join(2)  # nobody has noticed that it was gone
+            assert server.version == 0
+        for number in range(pushed, 3):
+            one.push(worker.answer(one.pull(number, 2 if one is server and number == 2 else 1)))
+        assert one.version == 1
+    assert all(map(torch.equal, clean.weights, server.weights))
+    pulls = [server.pull(number, incarnation) for number, incarnation in ((1, 1), (2, 2), (0, 1))]
+    assert [pull.ticket for pull in pulls] == [4, 5, 3]
+
+
+def test_who_has_pushed_and_begins_anew_waits_for_the_next_round():
+    server, worker, _ = served(consistency=BSP())
+    server.join(0), server.join(1)
+    pulls = [server.pull(number, 1) for number in range(2)]
+    server.push(worker.answer(pulls[0]))
+    assert server.join(0) == 2
+    assert server.pull(0, 2) is None
+    server.push(worker.answer(pulls[1]))
+    assert server.version == 1
+    assert [server.pull(number, incarnation).ticket for number, incarnation in ((0, 2), (1, 1))] == [2, 3]
+
+
 def test_a_round_ends_when_all_that_are_left_have_pushed():
     server, worker, _ = served(consistency=BSP())
     for number in range(3):

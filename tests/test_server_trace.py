@@ -1,10 +1,11 @@
 """Traces: what happened can be repeated bit for bit, and what cannot be repeated is said clearly."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from served import Net, adam, cross_entropy, data, served, sgd, smooth, trained
+from served import Net, adam, assert_same, cross_entropy, data, served, sgd, smooth, trained
 from torch import nn
 
 import lockfree as lf
@@ -227,3 +228,80 @@ def test_weights_of_the_model_are_those_of_the_last_line():
     assert result.trace[-1]["kind"] == "weights"
     assert lf.trace.fingerprint(model.parameters()) == result.trace[-1]["sha256"]
     assert served(model)[0].fingerprint() == result.trace[-1]["sha256"]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bsp", "asp", "ssp", "schedule"])
+def test_a_run_goes_on_from_its_checkpoint_and_is_replayed_as_a_whole(name, tmp_path):
+    settings = {"checkpoint": tmp_path, "checkpoints": 4}
+    run(name, updates=10, **settings)
+    half = (tmp_path / "trace.jsonl").read_text()
+    (tmp_path / "trace.jsonl").write_text(half + '{"kind": "pu')  # the machine went down as it wrote
+    result = run(name, updates=16, resume=True, **settings)
+    lines = read(tmp_path)
+    assert lines == json.loads(json.dumps(result.trace))
+    found = again(lines, name)
+    assert found.identical
+    assert found.steps == found.compared[-1] == 16
+    if name == "bsp":
+        assert_same(result.model, run(name, updates=16).model)
+    applied = [line for line in lines if line.get("outcome") == "applied"]
+    assert len({line["ticket"] for line in applied}) == len(applied) == (64 if name == "bsp" else 16)
+
+
+def test_a_run_that_broke_off_goes_on_from_its_last_checkpoint(tmp_path):
+    calls = []
+
+    def loss(scores, y):
+        calls.append(None)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return cross_entropy(scores, y)
+
+    settings = {"checkpoint": tmp_path, "checkpoints": 3, "updates": 15, "consistency": BSP()}
+    model = smooth()
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, loss=loss, **settings)
+    assert_same(model, smooth())
+    result = trained(model, loss=loss, resume=True, **settings)
+    assert_same(result.model, trained(smooth(), consistency=BSP(), updates=15).model)
+    assert replay(read(tmp_path), smooth(), data(), loss=cross_entropy, optimizer=sgd, consistency=BSP()).identical
+
+
+def test_a_folder_that_vanishes_is_made_anew(tmp_path, caplog):
+    folder = tmp_path / "run"
+
+    def progress(entry):
+        if entry.update == 5:
+            shutil.rmtree(folder)
+
+    result = trained(checkpoint=folder, checkpoints=4, updates=10, progress=progress)
+    assert [record.message for record in caplog.records] == [
+        f"the folder {folder} for checkpoints is not there: it is made",
+        f"the trace {folder / 'trace.jsonl'} is not there any more: it is written anew",
+    ]
+    assert read(folder) == json.loads(json.dumps(result.trace))
+    trained(checkpoint=folder, checkpoints=4, updates=12, resume=True)
+    assert replay(read(folder), Net(), data(), loss=cross_entropy, optimizer=sgd).identical
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    result = trained(checkpoint=tmp_path / "file" / "run", trace=tmp_path / "a.jsonl", updates=6, checkpoints=3)
+    assert result.history[-1].update == 6
+    assert sum("no checkpoint after" in record.message for record in caplog.records) == 3
+
+
+def test_what_cannot_be_gone_on_with_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="resume=True without a checkpoint"):
+        trained(resume=True)
+    with pytest.raises(ValueError, match=r"holds no checkpoint server\.pt: give the folder of a run"):
+        trained(resume=True, checkpoint=tmp_path)
+    trained(checkpoint=tmp_path, updates=4)
+    before = (tmp_path / "trace.jsonl").read_text()
+    for more, message in (({"workers": 3}, "the run had workers=4, given is 3"), ({"consistency": BSP()}, "consistency=")):
+        with pytest.raises(ValueError, match=message):
+            trained(checkpoint=tmp_path, resume=True, **more)
+    assert (tmp_path / "trace.jsonl").read_text() == before

@@ -12,6 +12,9 @@ only carries messages, and calls the server one call at a time:
     torch.save(server.snapshot(), path); server.restore(torch.load(path, weights_only=True))
     server.write_to(model)                          # at the end
 
+An engine that `train` can use is an `Engine`: it makes server, worker and milestones of a `Job`, and notes what the server tells in a
+`Recorder`.
+
 The calls may be repeated: a pull that is repeated gives the same answer until its push has come, and a push that is repeated gets the first
 answer again. `Pulled.weights` belong to the server: they stay as they are until the push that answers the pull.
 """
@@ -23,6 +26,7 @@ from lockfree.server.failures import Failure, Point, ServerFailure
 from lockfree.server.history import Entry, delays
 from lockfree.server.job import Engine, Job, Outcome
 from lockfree.server.messages import Answer, Applied, Dropped, Gone, NotFinite, Pulled, Push, Refused
+from lockfree.server.milestones import Milestones
 from lockfree.server.replay import replay
 from lockfree.server.simulate import Simulator
 from lockfree.server.tickets import Tickets
@@ -44,6 +48,7 @@ __all__ = [
     "Gone",
     "Gradient",
     "Job",
+    "Milestones",
     "NotFinite",
     "Outcome",
     "Point",

@@ -157,11 +157,12 @@ class Server:
         replaced = known is not None and known.live
         if known is not None and replaced:
             self._take_out(worker, known)
-        clock = self._roster.slowest
-        if self.consistency.barrier and self._round.begun and not self._deck.came_back:
-            clock += 1
+        clock, takes_part = self._roster.slowest, False
+        if self.consistency.barrier and self._round.begun:
+            takes_part = self._deck.came_back
+            clock = self._round.number + (not takes_part)
         member = self._roster.enter(worker, clock)
-        if self.consistency.barrier and self._round.begun and clock == self._roster.slowest:
+        if takes_part:
             member.ticket = self._deck.deal()
         self._tell("join", worker=worker, incarnation=member.incarnation, clock=clock, replaced=replaced)
         self._end_round_if_complete()

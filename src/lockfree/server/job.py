@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lockfree.server.batches import Batches, Data
 from lockfree.server.core import Server, trained
 from lockfree.server.descent import OptimizerFactory
+from lockfree.server.milestones import Milestones
 from lockfree.server.trace import Recorder
 from lockfree.server.worker import Worker
 from lockfree.staleness import Consistency, Correction
@@ -41,6 +43,9 @@ class Job:
         every: At every so many-th push gap and size of the repair are measured.
         refusals: How often values may not be finite.
         fingerprints: After every so many updates a fingerprint of the weights goes into the trace.
+        folder: Where checkpoints go, if anywhere.
+        checkpoints: After every so many updates there is one.
+        state: The snapshot to go on from, if this is not the start.
     """
 
     model: nn.Module
@@ -61,9 +66,12 @@ class Job:
     every: int = 10
     refusals: int = 10
     fingerprints: int = 100
+    folder: Path | None = None
+    checkpoints: int = 100
+    state: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("workers", "updates", "patience", "every", "refusals", "fingerprints"):
+        for name in ("workers", "updates", "patience", "every", "refusals", "fingerprints", "checkpoints"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number, 1 or more")
@@ -83,12 +91,12 @@ class Job:
         trained(self.model)
 
     def server(self, note: Callable[[Line], None] | None = None) -> Server:
-        """Makes the server.
+        """Makes the server, and puts it where the run is to go on. All workers have to join, or join anew.
 
         Args:
             note: Is told what happens.
         """
-        return Server(
+        server = Server(
             self.model,
             optimizer=self.optimizer,
             consistency=self.consistency,
@@ -101,11 +109,18 @@ class Job:
             refusals=self.refusals,
             note=note,
         )
+        if self.state is not None:
+            server.restore(self.state)
+        return server
 
     def worker(self) -> Worker:
         """Makes a worker."""
         batches = Batches(self.data, batch_size=self.batch_size, seed=self.seed)
         return Worker(self.model, batches, loss=self.loss, loss_scale=self.loss_scale)
+
+    def milestones(self) -> Milestones:
+        """Makes what an engine asks after each push, and at the end."""
+        return Milestones(fingerprints=self.fingerprints, folder=self.folder, checkpoints=self.checkpoints)
 
     def header(self) -> Line:
         """Returns the first line of the trace: what a replay needs to know, or must find again."""

@@ -104,6 +104,7 @@ class Roster:
         member.sequence = member.answered = 0
         member.answer = None
         self._clocks[clock] += 1
+        self._slowest = min(self._slowest, clock)
         self._find_slowest()
         return member
 
@@ -144,9 +145,10 @@ class Roster:
         """Puts back what `state_dict` returned."""
         self._slowest, self._members = state["slowest"], {}
         for worker, fields in state["members"].items():
-            told = fields["answer"]
-            member = self._members[worker] = Member(**{**fields, "answer": None})
+            plain = dict(fields)
+            told = plain.pop("answer")
+            member = self._members[worker] = Member(**plain)
             if told is not None:
-                told = dict(told)
-                member.answer = (Applied if told.pop("applied") else Dropped)(**told)
+                kind = Applied if told["applied"] else Dropped
+                member.answer = kind(**{name: value for name, value in told.items() if name != "applied"})
         self._clocks = Counter(member.clock for member in self._members.values() if member.live)

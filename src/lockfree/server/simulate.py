@@ -82,12 +82,13 @@ class _Simulation:
         self._job, self._recorder = job, recorder
         self.server = job.server(recorder.note)
         self._worker = job.worker()
-        self._now = 0.0
+        self._now = max((line["time"] for line in recorder.lines), default=0.0)  # more than 0 where a run goes on
         recorder.clock = lambda: self._now
         self._queue: list[tuple[float, int, int, Callable[[], None]]] = []
         self._planned = 0
         self._waiting: set[int] = set()
-        self._slowest, self._marked = 0, 0
+        self._slowest = self.server.slowest
+        self._milestones = job.milestones()
         self._actors = [
             _Actor(number, _drawing(job.seed, number, duration.draw, factor))
             for number, (duration, factor) in enumerate(durations(simulator.speeds, simulator.stragglers, job.workers))
@@ -110,7 +111,7 @@ class _Simulation:
 
     def run(self) -> None:
         """Plays events until all updates are made."""
-        self.server.fingerprint()
+        self._look()
         for actor in self._actors:
             actor.incarnation = self.server.join(actor.number)
         self._look_after_server()
@@ -126,8 +127,7 @@ class _Simulation:
             action()
             if self.server.version < self._job.updates:
                 self._wake()
-        if self._marked != self.server.version:
-            self.server.fingerprint()
+        self._look(last=True)
 
     # ---- the life of a worker --------------------------------------------------------------------------------------------------
 
@@ -157,8 +157,7 @@ class _Simulation:
         except NotFinite:
             self._pull(actor)
             return
-        if self.server.version != self._marked and self.server.version % self._job.fingerprints == 0:
-            self._mark()
+        self._look()
         if self._look_after_server() or self.server.version >= self._job.updates:
             return
         if self._fails(actor, actor.batches, Point.AFTER_PUSH, push):
@@ -179,8 +178,7 @@ class _Simulation:
         """Lets all ask again who had to wait, as soon as that may be of use."""
         while self.server.slowest != self._slowest:  # someone may fail as it asks, which lets others go on
             self._slowest = self.server.slowest
-            if self.server.version != self._marked and self.server.version % self._job.fingerprints == 0:
-                self._mark()
+            self._look()
             waiting, self._waiting = sorted(self._waiting), set()
             for number in waiting:
                 self._pull(self._actors[number])
@@ -245,9 +243,9 @@ class _Simulation:
             if actor.up:
                 self._pull(actor)
 
-    def _mark(self) -> None:
-        self._marked = self.server.version
-        self.server.fingerprint()
+    def _look(self, *, last: bool = False) -> None:
+        if self._milestones.look(self.server, last=last):
+            self._recorder.keep()
 
 
 def _drawing(seed: int, worker: int, draw: Callable[[random.Random], float], factor: float) -> Callable[[], float]:

@@ -15,6 +15,7 @@ Every line has a ``time``. `lockfree.server.replay` repeats what the lines say i
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 from lockfree import trace
 from lockfree.server.history import Entry, entry_of
 from lockfree.trace import Line
+
+log = logging.getLogger(__name__)
 
 KINDS = ("header", "join", "evict", "pull", "push", "fallback", "weights", "snapshot", "restore")
 """The kinds of lines in the trace of a server."""
@@ -33,6 +36,7 @@ class Recorder:
     Args:
         path: The file, or a folder in which it is called ``trace.jsonl``; folders that are missing are made.
         progress: Is told of each push that was taken.
+        resume: Whether to go on with what the file holds.
 
     Attributes:
         lines: The lines so far.
@@ -46,17 +50,22 @@ class Recorder:
         [{'kind': 'join', 'worker': 0, 'time': 0.0}]
     """
 
-    def __init__(self, path: str | Path | None = None, *, progress: Callable[[Entry], None] | None = None) -> None:
+    def __init__(
+        self, path: str | Path | None = None, *, progress: Callable[[Entry], None] | None = None, resume: bool = False
+    ) -> None:
         self.lines: list[Line] = []
         self.history: list[Entry] = []
         self.clock: Callable[[], float] = lambda: 0.0
         self._progress = progress
+        self._path: Path | None = None
         self._file: Any = None
         if path is not None:
             path = Path(path)
-            file = path if path.suffix == ".jsonl" else path / "trace.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = file.open("w")
+            self._path = path if path.suffix == ".jsonl" else path / "trace.jsonl"
+            if resume:
+                self.lines = read(self._path)
+                self.history = [entry for entry in map(entry_of, self.lines) if entry is not None]
+            self._write_all(self._path)
 
     def note(self, line: Line) -> None:
         """Takes down a line. One that comes from elsewhere has a ``time`` already."""
@@ -72,6 +81,19 @@ class Recorder:
             self.history.append(entry)
             if self._progress is not None:
                 self._progress(entry)
+
+    def keep(self) -> None:
+        """Writes the file anew if somebody has taken it away."""
+        if self._path is not None and not self._path.is_file():
+            log.warning("the trace %s is not there any more: it is written anew", self._path)
+            self.close()
+            self._write_all(self._path)
+
+    def _write_all(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w")
+        self._file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""

@@ -13,6 +13,7 @@ from lockfree.server.core import trained
 from lockfree.server.descent import OptimizerFactory
 from lockfree.server.history import Entry
 from lockfree.server.job import Engine, Job
+from lockfree.server.milestones import load
 from lockfree.server.simulate import Simulator
 from lockfree.server.trace import Recorder
 from lockfree.staleness import ASP, Consistency, Correction, NoCorrection
@@ -56,6 +57,9 @@ def train(
     refusals: int = 10,
     fingerprints: int = 100,
     trace: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoints: int = 100,
+    resume: bool = False,
     progress: Callable[[Entry], None] | None = None,
 ) -> Trained:
     r"""Trains one model by many workers that need not wait for each other.
@@ -83,7 +87,11 @@ def train(
         every: Gap and size of the repair are measured at every so many-th push, 1 or more.
         refusals: How often in a row, or of one batch, values may not be finite, 1 or more, before training ends.
         fingerprints: After every so many updates a fingerprint of the weights goes into the trace.
-        trace: A file (``*.jsonl``) or folder to write the trace to as it comes.
+        trace: A file (``*.jsonl``) or folder to write the trace to as it comes; by default the folder of the checkpoints.
+        checkpoint: A folder to write the server's state to.
+        checkpoints: After every so many updates, 1 or more, and at the end.
+        resume: Whether to go on from the checkpoint. Workers begin with new batches, those that were on their way first; the trace goes on
+            too, so that all of it can be replayed. Behind a barrier the weights are bit for bit those of a run without a break.
         progress: Is told of each push.
 
     Returns:
@@ -105,6 +113,9 @@ def train(
     """
     if not isinstance(engine, Engine):
         raise ValueError(f"engine={engine!r}: give an engine of lockfree.server, such as Simulator()")
+    folder = None if checkpoint is None else Path(checkpoint)
+    if resume and folder is None:
+        raise ValueError("resume=True without a checkpoint: give the folder that the run wrote to as `checkpoint`")
     job = Job(
         model=model,
         data=dataset,
@@ -124,11 +135,17 @@ def train(
         every=every,
         refusals=refusals,
         fingerprints=fingerprints,
+        folder=folder,
+        checkpoints=checkpoints,
+        state=load(folder) if resume and folder is not None else None,
     )
-    header = job.header()
-    recorder = Recorder(trace, progress=progress)
+    header = {**job.header(), "engine": type(engine).__name__}
+    recorder = Recorder(folder if trace is None else trace, progress=progress, resume=resume)
     try:
-        recorder.note({**header, "engine": type(engine).__name__})
+        if resume:
+            _check_same(recorder.lines[0], header)
+        else:
+            recorder.note(header)
         outcome = engine.run(job, recorder)
     finally:
         recorder.close()
@@ -137,3 +154,12 @@ def train(
         for buffer, value in zip(model.buffers(), outcome.buffers, strict=True):
             buffer.copy_(value)
     return Trained(model=model, trace=recorder.lines, history=recorder.history)
+
+
+def _check_same(before: Line, now: Line) -> None:
+    """Refuses to go on with another run; more updates, other fingerprints or another engine are the same run."""
+    for name in before.keys() - {"kind", "time", "updates", "fingerprints", "engine", "threads", "torch"}:
+        if before[name] != now.get(name):
+            raise ValueError(
+                f"the run had {name}={before[name]!r}, given is {now.get(name)!r}: resume it with its own arguments"
+            )
