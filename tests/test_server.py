@@ -238,10 +238,10 @@ def test_a_memory_for_each_worker_is_made_of_its_own_gradients():
         squares[number] = 0.5 * squares[number] + 0.5 * push.gradients[0] ** 2
         server.push(push)
         shared.pull(number, 1)
-    memories = server.snapshot()["memories"]
+    memories = server.snapshot()["memories"]["each"]
     for number in (0, 1):
         torch.testing.assert_close(memories[number]["mean_square"][0], squares[number])
-    assert shared.snapshot()["memories"] is None
+    assert shared.snapshot()["memories"]["each"] == {}
 
 
 def test_a_gradient_that_is_left_out_makes_no_version():
@@ -454,7 +454,7 @@ def test_a_bad_push_is_refused_in_one_line_and_changes_nothing(what):
         server.push(spoil(good))
     assert "\n" not in str(raised.value)
     after = frozen(server)
-    kept = ("versions", "descent", "memory") if error is not NotFinite else ("descent", "memory")
+    kept = ("versions", "descent", "memories") if error is not NotFinite else ("descent", "memories")
     assert all(equal(before[part], after[part]) for part in kept)
     assert equal(before["versions"]["kept"][2], after["versions"]["kept"][2])
     assert lines[-2]["outcome"] == ("not finite" if error is NotFinite else "refused")
