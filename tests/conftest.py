@@ -6,6 +6,7 @@ prime to the number of values of the innermost parameter, every value of each of
 
 import itertools
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -22,3 +23,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             thinned = case.get_closest_marker("thinned")
             if thinned is not None and number % thinned.args[0]:
                 case.add_marker("slow")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Lets arguments of the wrong type through to the library's own checks, as they come outside of the tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -5,7 +5,6 @@ import inspect
 import math
 import re
 
-import jaxtyping
 import pytest
 import torch
 from torch import nn
@@ -45,12 +44,6 @@ def learner_of(rule="backprop", model=None, **settings):
     model = network() if model is None else model
     settings = {"loss": F.cross_entropy, "optimizer": sgd, "example_input": data()[0][:4]} | settings
     return lf.convert(model, rule, **settings)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Lets arguments of the wrong type through to the library's own checks, as they come outside of the tests."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def several_steps(learner, x, y, count=4):

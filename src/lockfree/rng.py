@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,27 @@ def seed_of(*numbers: int) -> int:
     return int.from_bytes(mixed, "little")
 
 
+def seed_generators(seed: int) -> None:
+    """Sets the CPU's generator and, once CUDA is in use, every CUDA device's.
+
+    Args:
+        seed: From 0 to below 2^64.
+    """
+    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes a hundred times as long
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextmanager
+def generators_apart() -> Iterator[None]:
+    """Leaves the global generators afterwards as they were."""
+    before = get_rng()
+    try:
+        yield
+    finally:
+        set_rng(before)
+
+
 class Streams:
     """Random numbers of every action by themselves: what is drawn depends on a seed, the action and the batch alone.
 
@@ -54,19 +75,11 @@ class Streams:
         first = self._first.get((cell, kind))
         if first is None:
             first = self._first[cell, kind] = seed_of(self.seed, cell, ord(kind))
-        seed = (first + batch) % 2**64
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` takes a hundred times as long
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(seed)
+        seed_generators((first + batch) % 2**64)
 
-    @contextmanager
-    def apart(self) -> Iterator[None]:
+    def apart(self) -> AbstractContextManager[None]:
         """Leaves the global generators afterwards as they were."""
-        before = get_rng()
-        try:
-            yield
-        finally:
-            set_rng(before)
+        return generators_apart()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lockfree.cell import Cell
 from lockfree.schedule import Action, Kind, Tick
@@ -82,19 +83,33 @@ def fingerprints(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def _fingerprint(cell: Cell) -> str:
+    networks = [network for network in (cell.block, cell.auxiliary, cell.inputs) if network is not None]
+    return fingerprint(tensor for network in networks for tensor in (*network.parameters(), *network.buffers()))
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Returns the SHA-256 of the bytes of some tensors.
+
+    Example:
+        >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(1), torch.zeros(1)])
+        True
+    """
     digest = hashlib.sha256()
-    for network in (cell.block, cell.auxiliary, cell.inputs):
-        if network is not None:
-            for tensor in (*network.parameters(), *network.buffers()):
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def read(path: str | Path) -> list[Line]:
+KINDS = ("header", "order", "tick", "weights")
+"""The kinds of lines in the trace of processes that each have some of the blocks."""
+
+
+def read(path: str | Path, kinds: Sequence[str] = KINDS) -> list[Line]:
     """Reads a trace; a last line that was not written to its end is left out.
 
     Args:
         path: A run folder, or the ``trace.jsonl`` in it.
+        kinds: The kinds of lines that there may be.
 
     Raises:
         ValueError: If there is none, or a line is not of a trace.
@@ -110,7 +125,7 @@ def read(path: str | Path) -> list[Line]:
             line = json.loads(text)
         except ValueError:
             line = None
-        if not isinstance(line, dict) or line.get("kind") not in ("header", "order", "tick", "weights"):
+        if not isinstance(line, dict) or line.get("kind") not in kinds:
             raise ValueError(f"{file}: line {number} is not of a trace: delete it and what follows")
         lines.append(line)
     if not lines or lines[0]["kind"] != "header":
@@ -126,7 +141,8 @@ class Replayed:
         steps: Steps taken.
         processes: Processes of the run.
         compared: Steps after which weights were compared.
-        differing: The cells whose weights differed first, and after how many steps; empty if none ever did.
+        differing: The cells whose weights differed first, and after how many steps; empty if none ever did. A model that is not cut is
+            cell 0.
     """
 
     steps: int

@@ -1,4 +1,7 @@
-"""Late gradients: how late one is, and what repairs it. The same corrections serve a delayed link and a parameter server."""
+"""Late gradients: how late one may be, how late it is, and what repairs it.
+
+The same corrections serve a delayed link and a parameter server.
+"""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -8,6 +11,7 @@ from typing import Any
 from lockfree.choose import choose
 from lockfree.staleness.base import Correction, Late
 from lockfree.staleness.compensation import DelayCompensation, HessianCompensation
+from lockfree.staleness.consistency import ASP, BSP, CONSISTENCIES, SSP, Consistency, consistency_from
 from lockfree.staleness.corrections import AdaDelay, DropStale, GapAware, NoCorrection, ScaleByDelay
 
 CORRECTIONS: dict[str, Callable[..., Correction]] = {
@@ -59,8 +63,13 @@ def _number(text: str, number: str) -> Any:
 
 
 __all__ = [
+    "ASP",
+    "BSP",
+    "CONSISTENCIES",
     "CORRECTIONS",
+    "SSP",
     "AdaDelay",
+    "Consistency",
     "Correction",
     "DelayCompensation",
     "DropStale",
@@ -69,5 +78,6 @@ __all__ = [
     "Late",
     "NoCorrection",
     "ScaleByDelay",
+    "consistency_from",
     "correction_from",
 ]

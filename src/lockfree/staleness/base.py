@@ -82,6 +82,14 @@ class Correction(ABC):
         """
         return {}
 
+    def overshoots(self, ratio: float) -> bool:
+        r"""Whether a repair of this size, $\lVert\tilde g - g\rVert / \lVert g\rVert$, says that the repair has gone out of hand.
+
+        Args:
+            ratio: The size, 0 or more, or not a number.
+        """
+        return False
+
     @abstractmethod
     def correct(self, gradients: Sequence[Tensor | None], late: Late, memory: dict[str, Any]) -> list[Tensor | None]:
         """Repairs a gradient; nothing waits for an accelerator.

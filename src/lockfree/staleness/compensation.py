@@ -1,5 +1,6 @@
 """Corrections that add to a late gradient what it would have changed by: a first-order Taylor term."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -85,6 +86,10 @@ class DelayCompensation(Correction):
 
     def memory(self, weights: Sequence[Tensor]) -> dict[str, Any]:
         return {"mean_square": statistics(weights)} if self.adaptive else {}
+
+    def overshoots(self, ratio: float) -> bool:
+        # Past the cap the term is shortened to it, up to rounding: its direction is then all that is left of it.
+        return not math.isfinite(ratio) or (self.cap is not None and ratio >= 0.999 * self.cap)
 
     @torch.no_grad()
     def correct(self, gradients: Sequence[Tensor | None], late: Late, memory: dict[str, Any]) -> list[Tensor | None]:

@@ -1,0 +1,74 @@
+"""What is done after every so many updates: fingerprints into the trace, and checkpoints on disk."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockfree.server.core import Server
+
+log = logging.getLogger(__name__)
+
+FILE = "server.pt"
+"""What a checkpoint is called in its folder."""
+
+
+class Milestones:
+    """Looks after each event whether the version has passed a milestone.
+
+    A checkpoint that cannot be written is a warning, and training goes on: the next one may be.
+
+    Args:
+        fingerprints: After every so many updates a fingerprint goes into the trace, 1 or more.
+        folder: Where checkpoints go; ``None``: there are none. It is made if it is not there, or no longer.
+        checkpoints: After every so many updates there is a checkpoint, 1 or more.
+    """
+
+    def __init__(self, *, fingerprints: int, folder: Path | None, checkpoints: int) -> None:
+        self._fingerprints, self._folder, self._checkpoints = fingerprints, folder, checkpoints
+        self._printed = self._saved = -1  # the last versions that were
+
+    def look(self, server: Server, *, last: bool = False) -> bool:
+        """Does what is due at the server's present version, once.
+
+        Args:
+            server: The server.
+            last: Whether training ends here, which is a milestone too.
+
+        Returns:
+            Whether a checkpoint was due.
+        """
+        version = server.version
+        if self._printed != version and (last or version % self._fingerprints == 0):
+            self._printed = version
+            server.fingerprint()
+        if self._folder is None or self._saved == version or not (last or version % self._checkpoints == 0):
+            return False
+        self._saved = version
+        self._save(server, self._folder)
+        return True
+
+    def _save(self, server: Server, folder: Path) -> None:
+        try:
+            if not folder.is_dir():
+                log.warning("the folder %s for checkpoints is not there: it is made", folder)
+                folder.mkdir(parents=True)
+            unfinished = folder / f"{FILE}.new"
+            torch.save(server.snapshot(), unfinished)
+            os.replace(unfinished, folder / FILE)  # so that there is always a whole one
+        except (OSError, RuntimeError) as error:  # torch writes files by itself, and says RuntimeError
+            log.warning("no checkpoint after %d updates, training goes on: %s", server.version, error)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Reads the checkpoint of a folder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no checkpoint {FILE}: give the folder of a run that has written one, or start anew")
+    return torch.load(file, weights_only=True)
