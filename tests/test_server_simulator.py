@@ -280,3 +280,31 @@ def test_workers_that_wait_keep_no_weights_of_their_own(monkeypatch):
     assert max(most[:1000]) == 1
     assert max(most) <= 61
     assert len(set(made)) <= 61
+
+
+def test_weights_are_watched_along_training():
+    x = torch.linspace(-1, 1, 16).unsqueeze(1)
+    seen = {}
+
+    def watch(version, weights, buffers):
+        assert version not in seen
+        seen[version] = [weight.clone() for weight in weights]
+
+    def run(**more):
+        torch.manual_seed(0)
+        result = train(
+            torch.nn.Linear(1, 1),
+            (x, 3 * x),
+            loss=torch.nn.functional.mse_loss,
+            optimizer=lambda weights: torch.optim.SGD(weights, lr=0.1),
+            workers=3,
+            batch_size=4,
+            updates=10,
+            **more,
+        )
+        return [parameter.detach() for parameter in result.model.parameters()]
+
+    trained = run(watch=watch, watch_every=4)
+    assert list(seen) == [0, 4, 8, 10]
+    torch.testing.assert_close(seen[10], trained, rtol=0, atol=0)
+    torch.testing.assert_close(run(), trained, rtol=0, atol=0)

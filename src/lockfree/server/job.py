@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lockfree.server.batches import Batches, Data
 from lockfree.server.core import Server, trained
 from lockfree.server.descent import OptimizerFactory
-from lockfree.server.milestones import Milestones
+from lockfree.server.milestones import Milestones, Watch
 from lockfree.server.trace import Recorder
 from lockfree.server.worker import Worker
 from lockfree.staleness import Consistency, Correction
@@ -46,6 +46,8 @@ class Job:
         folder: Where checkpoints go, if anywhere.
         checkpoints: After every so many updates there is one.
         state: The snapshot to go on from, if this is not the start.
+        watch: Looks at the weights along training.
+        watch_every: After every so many updates.
     """
 
     model: nn.Module
@@ -69,9 +71,11 @@ class Job:
     folder: Path | None = None
     checkpoints: int = 100
     state: dict[str, Any] | None = None
+    watch: Watch | None = None
+    watch_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("workers", "updates", "patience", "every", "refusals", "fingerprints", "checkpoints"):
+        for name in ("workers", "updates", "patience", "every", "refusals", "fingerprints", "checkpoints", "watch_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number, 1 or more")
@@ -120,7 +124,13 @@ class Job:
 
     def milestones(self) -> Milestones:
         """Makes what an engine asks after each push, and at the end."""
-        return Milestones(fingerprints=self.fingerprints, folder=self.folder, checkpoints=self.checkpoints)
+        return Milestones(
+            fingerprints=self.fingerprints,
+            folder=self.folder,
+            checkpoints=self.checkpoints,
+            watch=self.watch,
+            watch_every=self.watch_every,
+        )
 
     def header(self) -> Line:
         """Returns the first line of the trace: what a replay needs to know, or must find again."""

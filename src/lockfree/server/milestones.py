@@ -1,15 +1,20 @@
-"""What is done after every so many updates: fingerprints into the trace, and checkpoints on disk."""
+"""What is done after every so many updates: fingerprints into the trace, checkpoints on disk, a look at the weights."""
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lockfree.server.core import Server
 
 log = logging.getLogger(__name__)
+
+Watch = Callable[[int, Sequence[Tensor], Sequence[Tensor]], None]
+"""Looks at (version, weights, buffers), and changes nothing; the tensors are the server's own."""
 
 FILE = "server.pt"
 """What a checkpoint is called in its folder."""
@@ -24,11 +29,16 @@ class Milestones:
         fingerprints: After every so many updates a fingerprint goes into the trace, 1 or more.
         folder: Where checkpoints go; ``None``: there are none. It is made if it is not there, or no longer.
         checkpoints: After every so many updates there is a checkpoint, 1 or more.
+        watch: Looks at the weights; ``None``: nobody does.
+        watch_every: After every so many updates, 1 or more, at the start, and at the end.
     """
 
-    def __init__(self, *, fingerprints: int, folder: Path | None, checkpoints: int) -> None:
+    def __init__(
+        self, *, fingerprints: int, folder: Path | None, checkpoints: int, watch: Watch | None = None, watch_every: int = 100
+    ) -> None:
         self._fingerprints, self._folder, self._checkpoints = fingerprints, folder, checkpoints
-        self._printed = self._saved = -1  # the last versions that were
+        self._watch, self._watch_every = watch, watch_every
+        self._printed = self._saved = self._seen = -1  # the last versions that were
 
     def look(self, server: Server, *, last: bool = False) -> bool:
         """Does what is due at the server's present version, once.
@@ -44,6 +54,9 @@ class Milestones:
         if self._printed != version and (last or version % self._fingerprints == 0):
             self._printed = version
             server.fingerprint()
+        if self._watch is not None and self._seen != version and (last or version % self._watch_every == 0):
+            self._seen = version
+            self._watch(version, server.weights, server.buffers)
         if self._folder is None or self._saved == version or not (last or version % self._checkpoints == 0):
             return False
         self._saved = version

@@ -13,7 +13,7 @@ from lockfree.server.core import trained
 from lockfree.server.descent import OptimizerFactory
 from lockfree.server.history import Entry
 from lockfree.server.job import Engine, Job
-from lockfree.server.milestones import load
+from lockfree.server.milestones import Watch, load
 from lockfree.server.simulate import Simulator
 from lockfree.server.trace import Recorder
 from lockfree.staleness import ASP, Consistency, Correction, NoCorrection
@@ -61,6 +61,8 @@ def train(
     checkpoints: int = 100,
     resume: bool = False,
     progress: Callable[[Entry], None] | None = None,
+    watch: Watch | None = None,
+    watch_every: int = 100,
 ) -> Trained:
     r"""Trains one model by many workers that need not wait for each other.
 
@@ -93,6 +95,8 @@ def train(
         resume: Whether to go on from the checkpoint. Workers begin with new batches, those that were on their way first; the trace goes on
             too, so that all of it can be replayed. Behind a barrier the weights are bit for bit those of a run without a break.
         progress: Is told of each push.
+        watch: Is shown (version, weights, buffers) of the server at the start, along training and at the end, and changes nothing.
+        watch_every: After every so many updates, 1 or more.
 
     Returns:
         The model, the trace and the history.
@@ -138,6 +142,8 @@ def train(
         folder=folder,
         checkpoints=checkpoints,
         state=load(folder) if resume and folder is not None else None,
+        watch=watch,
+        watch_every=watch_every,
     )
     header = {**job.header(), "engine": type(engine).__name__}
     recorder = Recorder(folder if trace is None else trace, progress=progress, resume=resume)
