@@ -247,8 +247,7 @@ def test_a_run_goes_on_from_its_checkpoint_and_is_replayed_as_a_whole(name, tmp_
     found = again(lines, name)
     assert found.identical
     assert found.steps == found.compared[-1] == 16
-    if name == "bsp":
-        assert_same(result.model, run(name, updates=16).model)
+    assert_same(result.model, run(name, updates=16).model)
     applied = [line for line in lines if line.get("outcome") == "applied"]
     assert len({line["ticket"] for line in applied}) == len(applied) == (64 if name == "bsp" else 16)
 
@@ -270,6 +269,32 @@ def test_a_run_that_broke_off_goes_on_from_its_last_checkpoint(tmp_path):
     result = trained(model, loss=loss, resume=True, **settings)
     assert_same(result.model, trained(smooth(), consistency=BSP(), updates=15).model)
     assert replay(read(tmp_path), smooth(), data(), loss=cross_entropy, optimizer=sgd, consistency=BSP()).identical
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("stops", [(1,), (7, 20, 21)], ids=["early", "three times"])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(name, stops, tmp_path):
+    """Whatever the workers were about, and whatever is to go wrong yet."""
+    undisturbed = run(name)
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) in stops
+
+    resume = False
+    while True:
+        try:
+            result = run(name, checkpoint=tmp_path, checkpoints=1000, resume=resume, stop=stop)
+            break
+        except KeyboardInterrupt:
+            resume = True
+    assert resume
+    assert_same(result.model, undisturbed.model)
+    assert [(one.update, one.worker, one.delay, one.loss) for one in result.history] == [
+        (one.update, one.worker, one.delay, one.loss) for one in undisturbed.history
+    ]
+    assert again(read(tmp_path), name).identical
 
 
 def test_a_folder_that_vanishes_is_made_anew(tmp_path, caplog):

@@ -46,6 +46,8 @@ class Job:
         folder: Where checkpoints go, if anywhere.
         checkpoints: After every so many updates there is one.
         state: The snapshot to go on from, if this is not the start.
+        engine_state: What an engine had to keep with it.
+        stop: Whether somebody wants training to end now; asked after each event.
         watch: Looks at the weights along training.
         watch_every: After every so many updates.
     """
@@ -71,6 +73,8 @@ class Job:
     folder: Path | None = None
     checkpoints: int = 100
     state: dict[str, Any] | None = None
+    engine_state: dict[str, Any] | None = None
+    stop: Callable[[], bool] = lambda: False
     watch: Watch | None = None
     watch_every: int = 100
 

@@ -38,45 +38,54 @@ class Milestones:
     ) -> None:
         self._fingerprints, self._folder, self._checkpoints = fingerprints, folder, checkpoints
         self._watch, self._watch_every = watch, watch_every
-        self._printed = self._saved = self._seen = -1  # the last versions that were
+        self._last: dict[str, int] = {}  # the last versions that were
 
-    def look(self, server: Server, *, last: bool = False) -> bool:
+    def look(self, server: Server, *, last: bool = False, engine: Callable[[], dict[str, Any]] | None = None) -> bool:
         """Does what is due at the server's present version, once.
 
         Args:
             server: The server.
             last: Whether training ends here, which is a milestone too.
+            engine: Returns what the engine itself wants to find again: plain data and tensors.
 
         Returns:
             Whether a checkpoint was due.
         """
         version = server.version
-        if self._printed != version and (last or version % self._fingerprints == 0):
-            self._printed = version
+        if self._due("printed", self._fingerprints, version, last):
             server.fingerprint()
-        if self._watch is not None and self._seen != version and (last or version % self._watch_every == 0):
-            self._seen = version
+        if self._watch is not None and self._due("seen", self._watch_every, version, last):
             self._watch(version, server.weights, server.buffers)
-        if self._folder is None or self._saved == version or not (last or version % self._checkpoints == 0):
+        saves = self._due("saved", self._checkpoints, version, last) or last  # what workers are about may have changed since
+        if self._folder is None or not saves:
             return False
-        self._saved = version
-        self._save(server, self._folder)
+        self._save(server, self._folder, None if engine is None else engine())
         return True
 
-    def _save(self, server: Server, folder: Path) -> None:
+    def _due(self, what: str, every: int, version: int, last: bool) -> bool:
+        """Whether a multiple of so many updates has been reached, or passed unseen, since the last time."""
+        before = self._last.get(what)
+        due = before is None or version // every > before // every or (last and version != before)
+        if due and (before is not None or version % every == 0 or last):
+            self._last[what] = version
+            return True
+        self._last.setdefault(what, version)
+        return False
+
+    def _save(self, server: Server, folder: Path, engine: dict[str, Any] | None) -> None:
         try:
             if not folder.is_dir():
                 log.warning("the folder %s for checkpoints is not there: it is made", folder)
                 folder.mkdir(parents=True)
             unfinished = folder / f"{FILE}.new"
-            torch.save(server.snapshot(), unfinished)
+            torch.save({"server": server.snapshot(), "engine": engine}, unfinished)
             os.replace(unfinished, folder / FILE)  # so that there is always a whole one
         except (OSError, RuntimeError) as error:  # torch writes files by itself, and says RuntimeError
             log.warning("no checkpoint after %d updates, training goes on: %s", server.version, error)
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """Reads the checkpoint of a folder.
+def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Reads the checkpoint of a folder: the server's snapshot, and what the engine wanted to find again.
 
     Raises:
         ValueError: If there is none.
@@ -84,4 +93,5 @@ def load(folder: Path) -> dict[str, Any]:
     file = folder / FILE
     if not file.is_file():
         raise ValueError(f"{folder} holds no checkpoint {FILE}: give the folder of a run that has written one, or start anew")
-    return torch.load(file, weights_only=True)
+    found = torch.load(file, weights_only=True)
+    return found["server"], found["engine"]

@@ -99,7 +99,7 @@ class _Replay:
         self._server: Server = job.server(self._told.append)
         self._worker: Worker = job.worker()
         self._pulled: dict[int, Pulled] = {}
-        self._snapshots: dict[int, dict[str, Any]] = {}
+        self._snapshots: dict[int, tuple[dict[str, Any], dict[int, Pulled]]] = {}
         self._wanted = {line["of"] for line in lines if line["kind"] == "restore"}
         self._compared: list[int] = []
         self._differing: dict[int, int] = {}
@@ -130,8 +130,10 @@ class _Replay:
     def _repeat(self, line: Line) -> None:
         match line["kind"]:
             case "join":
+                self._pulled.pop(line["worker"], None)
                 self._server.join(line["worker"])
             case "evict":
+                self._pulled.pop(line["worker"], None)
                 self._server.evict(line["worker"])
             case "pull":
                 pulled = self._server.pull(line["worker"], line["incarnation"])
@@ -147,11 +149,14 @@ class _Replay:
             case "snapshot":
                 state = self._server.snapshot()
                 if line["number"] in self._wanted:
-                    self._snapshots[line["number"]] = state
+                    self._snapshots[line["number"]] = state, dict(self._pulled)
             case "restore":
                 if line["of"] not in self._snapshots:
                     raise Refused(f"snapshot {line['of']} is not in the trace")
-                self._server.restore(self._snapshots[line["of"]])
+                state, pulled = self._snapshots[line["of"]]
+                self._server.restore(state)
+                again = [self._server.pull(one.worker, one.incarnation) for one in pulled.values()]
+                self._pulled = {one.worker: one for one in again if one is not None}  # the same as then
             case kind:
                 raise Refused(f"there is a second {kind}")
 

@@ -61,6 +61,7 @@ def train(
     checkpoints: int = 100,
     resume: bool = False,
     progress: Callable[[Entry], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
     watch: Watch | None = None,
     watch_every: int = 100,
 ) -> Trained:
@@ -92,9 +93,11 @@ def train(
         trace: A file (``*.jsonl``) or folder to write the trace to as it comes; by default the folder of the checkpoints.
         checkpoint: A folder to write the server's state to.
         checkpoints: After every so many updates, 1 or more, and at the end.
-        resume: Whether to go on from the checkpoint. Workers begin with new batches, those that were on their way first; the trace goes on
-            too, so that all of it can be replayed. Behind a barrier the weights are bit for bit those of a run without a break.
+        resume: Whether to go on from the checkpoint. The simulator goes on bit for bit. Workers elsewhere begin with new batches, those
+            that were on their way first; behind a barrier the weights are bit for bit those of a run without a break then, too. The
+            trace goes on, so that all of it can be replayed.
         progress: Is told of each push.
+        stop: Asked after each event whether training is to end there: a checkpoint is written, and `KeyboardInterrupt` raised.
         watch: Is shown (version, weights, buffers) of the server at the start, along training and at the end, and changes nothing.
         watch_every: After every so many updates, 1 or more.
 
@@ -105,6 +108,7 @@ def train(
         ValueError: If an argument is out of range, in one line that says which.
         TypeError: If the dataset is none.
         Diverged: If values were not finite too often.
+        KeyboardInterrupt: If ``stop`` says so.
 
     Example:
         >>> x = torch.linspace(-1, 1, 16).unsqueeze(1)
@@ -120,6 +124,7 @@ def train(
     folder = None if checkpoint is None else Path(checkpoint)
     if resume and folder is None:
         raise ValueError("resume=True without a checkpoint: give the folder that the run wrote to as `checkpoint`")
+    state, engine_state = load(folder) if resume and folder is not None else (None, None)
     job = Job(
         model=model,
         data=dataset,
@@ -141,7 +146,9 @@ def train(
         fingerprints=fingerprints,
         folder=folder,
         checkpoints=checkpoints,
-        state=load(folder) if resume and folder is not None else None,
+        state=state,
+        engine_state=engine_state,
+        stop=stop,
         watch=watch,
         watch_every=watch_every,
     )
