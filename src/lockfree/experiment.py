@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lockfree import models, rules
+from lockfree import many_workers, models, rules
 from lockfree.choose import choose, unknown
 from lockfree.data import Dataset, TensorLoader, data_root, load
 from lockfree.learner import Learner, convert
@@ -92,6 +92,12 @@ class RuleSettings(Settings):
         executor: sequential; stacked: blocks of equal structure as one batched operation, which needs --schedule pipelined; or
             pipeline: a group of blocks in each process.
         processes: Processes that train together, each a group of blocks; above 1 the executor is pipeline.
+        workers: Workers that train the whole network, each on batches of its own, on a parameter server.
+        consistency: When a worker may go on: bsp (with all others), ssp:3 (at most 3 gradients ahead) or asp (at once).
+        engine: Where workers run: ray (a process each, on this machine or a cluster), simulate (all in this process, in simulated
+            time) or allreduce (processes without a server). With more than one worker it is ray if left out.
+        address: Address of a running Ray cluster; Ray is started on this machine if left out.
+        speeds: Batches a second of simulated workers: a number for all or one for each, with commas; gamma or gamma:16 draws them.
         blocks: Number of blocks; one for each child of the network if left out.
     """
 
@@ -102,6 +108,11 @@ class RuleSettings(Settings):
     correction: str = "none"
     executor: str = "sequential"
     processes: int = 1
+    workers: int = 1
+    consistency: str = "asp"
+    engine: str | None = None
+    address: str | None = None
+    speeds: str = "1"
     blocks: int | None = None
 
 
@@ -119,7 +130,7 @@ class Experiment(RuleSettings):
     fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("processes", 1)):
+        for name, least in (("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("processes", 1), ("workers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: give {least} or more")
         if not self.learning_rate > 0:
@@ -139,6 +150,12 @@ class Experiment(RuleSettings):
             )
         self.make_probes()
         self.make_rule()
+        many_workers.check(self)
+
+    @property
+    def by_workers(self) -> bool:
+        """Whether a parameter server, or what takes its place, trains the network."""
+        return self.workers > 1 or self.engine is not None
 
     def make_rule(self) -> Rule:
         """Makes the rule with its hyperparameters."""
@@ -187,6 +204,8 @@ class Experiment(RuleSettings):
         """
         if folder is not None and not resume and first():
             Run.refuse_taken(folder)
+        if self.by_workers:
+            return many_workers.run(self, folder, resume=resume, sinks=sinks)
         dataset = load_once(self.data, self.device)
         learner = self.make_learner(dataset)
         loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
@@ -194,7 +213,7 @@ class Experiment(RuleSettings):
         run = None
         if folder is not None and (resume or learner.leads):
             run = Run.open(folder) if resume else Run.create(folder, self.config())
-        scheduler = _Decay(learner.optimizer, self._share_of_the_rate)
+        scheduler = _Decay(learner.optimizer, self.share_of_the_rate)
         trainer = Trainer(
             learner,
             run=run if run is not None else folder,
@@ -226,7 +245,7 @@ class Experiment(RuleSettings):
         return result
 
     def replay(self, lines: Sequence[Line]) -> Replayed:
-        """Repeats a run of several processes in this one.
+        """Repeats a run of several processes or workers in this one.
 
         Args:
             lines: Its trace.
@@ -234,10 +253,12 @@ class Experiment(RuleSettings):
         Raises:
             ValueError: If the trace is not of these settings.
         """
+        if self.by_workers:
+            return many_workers.replayed(self, lines)
         dataset = load_once(self.data, self.device)
         learner = self.make_learner(dataset)
         loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
-        decay = _Decay(learner.optimizer, self._share_of_the_rate)
+        decay = _Decay(learner.optimizer, self.share_of_the_rate)
 
         def batches() -> Iterator[tuple[Any, Any]]:
             for _ in range(self.epochs):
@@ -247,7 +268,12 @@ class Experiment(RuleSettings):
         learner.model.train()
         return replay(lines, learner, batches())
 
-    def _share_of_the_rate(self, epoch: int) -> float:
+    def share_of_the_rate(self, epoch: int) -> float:
+        """Returns what part of the learning rate an epoch has, by its number from 0.
+
+        Args:
+            epoch: Epochs before it.
+        """
         return DECAYS[self.decay](min(epoch / max(self.epochs, 1), 1.0))
 
     def config(self) -> dict[str, Any]:
@@ -364,7 +390,7 @@ def entry(experiment: Experiment, result: dict[str, Any], run: Run | None) -> En
         title=rule.title,
         result=result,
         history=run.metrics() if run else (),
-        timeline=play(learner.schedule, batches=4),
+        timeline=() if experiment.by_workers else play(learner.schedule, batches=4),
         citation=rule.card.reference,
     )
 

@@ -140,7 +140,7 @@ def render(title: str, entries: Sequence[Entry], *, command: str = "", notes: Se
         columns=_columns([entry.result for entry in entries]),
         charts=_charts(entries),
         timeline=_panels(entries),
-        probes=_probed(entries),
+        drawings=_probed(entries) + _by_workers(entries),
         # A rule that was run with several seeds is cited once.
         citations={entry.title: _linked(entry.citation) for entry in entries if entry.citation},
     )
@@ -287,8 +287,19 @@ def _probed(entries: Sequence[Entry]) -> list[tuple[str, str, Any]]:
         }
         seen = {title: records for title, records in seen.items() if records}
         if seen:
-            drawings.append((name, probe.said, Markup(_svg(probe.draw(seen)))))
+            drawings.append((f"Probe: {name}", probe.said, Markup(_svg(probe.draw(seen)))))
     return drawings
+
+
+def _by_workers(entries: Sequence[Entry]) -> list[tuple[str, str, Any]]:
+    """What many workers did, if there were any."""
+    from markupsafe import Markup
+
+    from lockfree.server.draw import SAID, draw
+
+    lines = {entry.title: [line for line in entry.history if line.get("kind") in ("staleness", "workers")] for entry in entries}
+    lines = {title: found for title, found in lines.items() if found}
+    return [("Workers", SAID, Markup(_svg(draw(lines))))] if lines else []
 
 
 def _svg(figure: Any) -> str:

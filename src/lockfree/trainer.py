@@ -3,19 +3,17 @@
 import contextlib
 import itertools
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from lockfree.interrupt import deferred_interrupt
 from lockfree.learner import Learner, StepResult
 from lockfree.memory import ActivationMeter
 from lockfree.probes import Probe, View
@@ -179,7 +177,7 @@ class Trainer:
         if resumed is None:
             self._look(end_of_epoch=True)
             self._save(train_loader, get_rng())
-        with _deferred_interrupt(heeded=self.learner.leads) as interrupted:
+        with deferred_interrupt(heeded=self.learner.leads) as interrupted:
             while self._progress.epoch < epochs:
                 self._epoch(train_loader, resumed, interrupted)
                 resumed = None
@@ -389,30 +387,3 @@ def _are_classes(scores: Any, y: Any) -> bool:
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """Keeps of a scheduler's state what a checkpoint can hold; functions are the caller's to pass again."""
     return {name: value for name, value in state.items() if not callable(value)}
-
-
-@contextlib.contextmanager
-def _deferred_interrupt(*, heeded: bool = True) -> Iterator[Callable[[], bool]]:
-    """Lets a step finish before Ctrl-C takes effect, since half a step could not be resumed; a second one is not held back.
-
-    Args:
-        heeded: Whether this process decides; one that does not is told when to stop.
-    """
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
-
-    def press(number: int, frame: FrameType | None) -> None:
-        if not heeded:
-            return
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = {number: signal.signal(number, press) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield pressed.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

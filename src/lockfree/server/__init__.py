@@ -23,7 +23,7 @@ from lockfree.server.batches import Batches
 from lockfree.server.core import Server
 from lockfree.server.durations import Constant, Duration, Gamma, Straggler
 from lockfree.server.failures import Failure, Point, ServerFailure
-from lockfree.server.history import Entry, delays
+from lockfree.server.history import Entry, delays, entry_of
 from lockfree.server.job import Engine, Job, Outcome
 from lockfree.server.messages import Answer, Applied, Dropped, Gone, NotFinite, Pulled, Push, Refused
 from lockfree.server.milestones import Milestones
@@ -64,6 +64,7 @@ __all__ = [
     "Trained",
     "Worker",
     "delays",
+    "entry_of",
     "read",
     "replay",
     "train",

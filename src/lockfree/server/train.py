@@ -152,6 +152,8 @@ def train(
         watch=watch,
         watch_every=watch_every,
     )
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     header = {**job.header(), "engine": type(engine).__name__}
     recorder = Recorder(folder if trace is None else trace, progress=progress, resume=resume)
     try:

@@ -1,0 +1,90 @@
+"""`lockfree train`."""
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from lockfree.commands.shared import command_line, conclude, known_rule, written
+from lockfree.console import progress
+from lockfree.experiment import Experiment, RuleSettings, entry, parse_fields, write_report
+from lockfree.launch import launch
+from lockfree.processes import first
+from lockfree.run import Run
+from lockfree.sinks import TensorBoard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RuleSettings):
+    """Train one network by one rule.
+
+    Attributes:
+        set: Hyperparameters of the rule, as rule.FIELD=VALUE.
+        out: Run folder to make.
+        resume: Go on with the run in --out.
+        tensorboard: Write TensorBoard scalars into the run folder, too.
+        json: End with one JSON object on standard output.
+    """
+
+    set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    out: Path | None = None
+    resume: bool = False
+    tensorboard: bool = False
+    json: bool = False
+
+    @classmethod
+    def of(cls, config: dict[str, Any], out: Path) -> "Train":
+        """Returns the command that a run folder was made by."""
+        known = Experiment.from_config(config).config()
+        fields = known.pop("fields")
+        return cls(
+            **known,
+            set=(tuple(f"rule.{name}={written(value)}" for name, value in fields.items()),) if fields else (),
+            out=out,
+            resume=True,
+        )
+
+    def run(self, argv: Sequence[str]) -> None:
+        """Trains, writes the run folder, prints the result."""
+        known_rule(self.rule)
+        settings = {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
+        experiment = Experiment(**settings, fields=parse_fields(self.rule, list(itertools.chain(*self.set))))
+        if self.resume:
+            self._check_same(experiment)
+        if experiment.processes > 1 and "RANK" not in os.environ:
+            raise SystemExit(launch(argv, experiment.processes))
+        with progress(experiment.epochs, quiet=self.json) as show:
+            result = experiment.run(self.out, resume=self.resume, sinks=[show, *self._tensorboard()])
+        if not first():
+            return
+        if self.out is not None:
+            title = f"{experiment.rule} on {experiment.data}"
+            write_report(self.out / "report.html", title, [entry(experiment, result, Run.open(self.out))], command_line(argv))
+        conclude([result], self.out, result if self.json else None)
+
+    def _check_same(self, experiment: Any) -> None:
+        if self.out is None:
+            raise ValueError("--resume needs the folder of the run: give --out")
+        before = Run.open(self.out).config
+        for name, value in experiment.config().items():
+            if name not in ("epochs", "processes") and json.dumps(before.get(name, value)) != json.dumps(
+                value
+            ):  # an older run lacks newer settings
+                raise ValueError(
+                    f"{self.out} was started with {name}={before.get(name)}, not {value}: leave it out, or choose another --out"
+                )
+
+    def _tensorboard(self) -> list[Any]:
+        if not self.tensorboard:
+            return []
+        if self.out is None:
+            raise ValueError("--tensorboard writes into the run folder: give --out")
+        return [TensorBoard(self.out / "tensorboard")]
+
+
+_NOT_SETTINGS = ("set", "out", "resume", "tensorboard", "json")
