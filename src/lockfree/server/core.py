@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lockfree.server.check import Shapes
 from lockfree.server.descent import Descent, OptimizerDescent, OptimizerFactory
+from lockfree.server.fused import CompensatedDescent
 from lockfree.server.memories import Memories
 from lockfree.server.messages import Answer, Applied, Dropped, Gone, NotFinite, Pulled, Push, Refused
 from lockfree.server.patience import Patience
@@ -82,9 +83,10 @@ class Server:
         self.consistency = ASP() if consistency is None else consistency
         correction = NoCorrection() if correction is None else correction
         self._versions = Versions(weights, buffers)
-        self.descent: Descent = OptimizerDescent(
+        general = OptimizerDescent(
             weights, optimizer=optimizer, correction=correction, clip=clip, schedule=schedule, patience=patience
         )
+        self.descent: Descent = CompensatedDescent.of(general, weights, correction, clip)
         self._roster, self._deck, self._round = Roster(), Deck(), Round()
         self._shapes = Shapes(weights, buffers)
         apart = memory_per_worker and not self.consistency.barrier  # behind a barrier an update is everybody's

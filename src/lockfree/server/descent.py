@@ -93,6 +93,10 @@ class OptimizerDescent(Descent):
         schedule: Makes a learning-rate schedule of the optimizer, which is stepped after each update.
         patience: For how many gradients in a row the repair may be out of hand, 1 or more.
 
+    Attributes:
+        optimizer: The optimizer.
+        fell_back: Whether the correction was given up.
+
     Raises:
         ValueError: If the optimizer wants to evaluate the loss itself, or a number is out of range.
     """
@@ -125,7 +129,7 @@ class OptimizerDescent(Descent):
         self._given = self._correction = correction
         self._clip, self._patience = clip, patience
         self._overshot = 0  # gradients in a row
-        self._fell_back = False
+        self.fell_back = False
 
     def memory(self, weights: Sequence[Tensor]) -> dict[str, Any]:
         """Makes what the correction remembers, from the first weights."""
@@ -150,13 +154,22 @@ class OptimizerDescent(Descent):
         if measure or self._overshot:
             gap = 0.0 if late.then is late.now else _norm(torch._foreach_sub(list(late.now), list(late.then)))
             ratio = _ratio(clipped, repaired)
-            self._overshot = self._overshot + 1 if self._correction.overshoots(ratio) else 0
         weights = room()
         self._step(repaired, late.now, weights)
-        fell_back = self._overshot >= self._patience
-        if fell_back:
+        return Effect(weights, gap, ratio, self.judged(ratio))
+
+    def judged(self, ratio: float | None) -> bool:
+        """Gives the correction up if its repair has been out of hand too often, and says whether it has done so now.
+
+        Args:
+            ratio: Size of the repair, relative to the gradient; ``None``: not measured.
+        """
+        if ratio is not None:
+            self._overshot = self._overshot + 1 if self._correction.overshoots(ratio) else 0
+        gives_up = self._overshot >= self._patience
+        if gives_up:
             self._fall_back()
-        return Effect(weights, gap, ratio, fell_back)
+        return gives_up
 
     def _step(self, gradients: Sequence[Tensor | None], now: Sequence[Tensor], weights: list[Tensor]) -> None:
         if weights is not now:
@@ -167,15 +180,19 @@ class OptimizerDescent(Descent):
             self._memory_of = weights
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        self.optimizer.step()
+        self.tick()
         for parameter in self._parameters:
             parameter.grad = None
+
+    def tick(self) -> None:
+        """Lets the optimizer step on what gradients there are, and the schedule count a step."""
+        self.optimizer.step()
         if self._schedule is not None:
             self._schedule.step()
 
     def _fall_back(self) -> None:
         log.warning("%r has been out of hand for %d gradients in a row: going on without", self._correction, self._patience)
-        self._correction, self._overshot, self._fell_back = NoCorrection(), 0, True
+        self._correction, self._overshot, self.fell_back = NoCorrection(), 0, True
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of what changes with updates."""
@@ -183,7 +200,7 @@ class OptimizerDescent(Descent):
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "schedule": None if self._schedule is None else copy.deepcopy(self._schedule.state_dict()),
             "overshot": self._overshot,
-            "fell_back": self._fell_back,
+            "fell_back": self.fell_back,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,8 +208,8 @@ class OptimizerDescent(Descent):
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         if self._schedule is not None:
             self._schedule.load_state_dict(copy.deepcopy(state["schedule"]))
-        self._overshot, self._fell_back, self._memory_of = state["overshot"], state["fell_back"], None
-        self._correction = NoCorrection() if self._fell_back else self._given
+        self._overshot, self.fell_back, self._memory_of = state["overshot"], state["fell_back"], None
+        self._correction = NoCorrection() if self.fell_back else self._given
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

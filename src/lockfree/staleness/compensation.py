@@ -110,15 +110,29 @@ class DelayCompensation(Correction):
             torch._foreach_div_(excess, roots)
         for term in excess:
             term.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        torch._foreach_mul_(excess, self._lambda())
+        torch._foreach_mul_(excess, self.lambda_0)
         if self.cap is not None:
             torch._foreach_mul_(excess, self._shortening(g, excess, self.cap))
         return put_back(gradients, places, torch._foreach_sub(g, excess))
 
-    def _lambda(self) -> float:
+    @property
+    def lambda_0(self) -> float:
+        r"""$\lambda_0$, the default one if none was given."""
         if self.strength is not None:
             return float(self.strength)
         return 2.0 if self.adaptive else 0.04
+
+    def shortened(self, length: float, excess: float) -> float:
+        r"""Returns what to multiply a term by, from 0 to 1; 0 if a norm is not finite.
+
+        Args:
+            length: $\lVert g\rVert$.
+            excess: Norm of the term.
+        """
+        if self.cap is None or excess == 0:
+            return 1.0
+        ratio = self.cap * length / excess if math.isfinite(length) and math.isfinite(excess) else 0.0
+        return min(ratio, 1.0)
 
     def _shortening(self, gradients: Sequence[Tensor], excess: Sequence[Tensor], cap: float) -> Tensor:
         """Returns what to multiply the term by, at most 1; 0 if a norm is not finite. It stays a tensor: nobody waits for it."""
