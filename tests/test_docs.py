@@ -23,6 +23,15 @@ def test_the_readme_s_example_runs(capsys):
     assert "torch.Size([256, 3])" in capsys.readouterr().out
 
 
+def test_the_example_of_many_workers_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "workers.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert names["result"].model is names["model"]
+    assert sum(lf.server.delays(names["result"].history).values()) == 100
+    assert capsys.readouterr().out.startswith("{0: ")
+
+
 def test_a_rule_from_outside_the_package_learns():
     names = runpy.run_path(str(ROOT / "examples" / "own_rule.py"))
     accuracy = names["main"]()

@@ -153,6 +153,14 @@ class Experiment(RuleSettings):
         many_workers.check(self)
 
     @property
+    def title(self) -> str:
+        """What the run is, in a few words."""
+        words = f"{self.rule} on {self.data}"
+        if self.by_workers:
+            words += f", {self.workers} workers, {self.consistency}, correction {self.correction}"
+        return words
+
+    @property
     def by_workers(self) -> bool:
         """Whether a parameter server, or what takes its place, trains the network."""
         return self.workers > 1 or self.engine is not None

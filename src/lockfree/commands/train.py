@@ -63,7 +63,7 @@ class Train(RuleSettings):
         if not first():
             return
         if self.out is not None:
-            title = f"{experiment.rule} on {experiment.data}"
+            title = experiment.title
             write_report(self.out / "report.html", title, [entry(experiment, result, Run.open(self.out))], command_line(argv))
         conclude([result], self.out, result if self.json else None)
 
