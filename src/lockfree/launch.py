@@ -79,7 +79,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, where it outlives any of them
         "WORLD_SIZE": str(processes),
-        "GLOO_SOCKET_IFNAME": _loopback(),
+        "GLOO_SOCKET_IFNAME": loopback(),
         _PARENT: str(os.getpid()),
     }
     threads = str(max(1, (os.cpu_count() or 1) // processes))
@@ -93,7 +93,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         return 0 if first_to_fail is None else _conclude(arguments[0], children, first_to_fail)
 
 
-def _loopback() -> str:
+def loopback() -> str:
+    """Returns the name of the network interface that leads nowhere but to this machine."""
     import socket
 
     names = [name for _, name in socket.if_nameindex()]
