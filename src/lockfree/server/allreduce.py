@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import cloudpickle
 import torch
 
 from lockfree.launch import loopback
 from lockfree.processes import ProcessLost
 from lockfree.rng import get_rng
+from lockfree.server.child import Setting
 from lockfree.server.core import trained
 from lockfree.server.job import Engine, Job, Outcome
 from lockfree.server.trace import Recorder
@@ -106,6 +108,18 @@ class AllReduce(Engine):
             return crew.run()
 
 
+@runtime_checkable
+class Process(Protocol):
+    """What there is to do with a process: that of `subprocess.Popen`."""
+
+    def kill(self) -> None:
+        """Ends it."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Returns its exit code, or the negative number of the signal that has ended it."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Child:
     """A process.
@@ -114,15 +128,22 @@ class _Child:
         rank: Its number.
         process: The process.
         way: The way to it.
-        farewell: What it has said before its end, if anything.
+        farewell: What it has said last: ``done``, ``failed`` or ``parted`` from the others.
+        value: What belongs to that.
         ended: Whether nothing more will come.
     """
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: Process
     way: Connection
-    farewell: tuple[str, Any] | None = None
+    farewell: str = ""
+    value: Any = None
     ended: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether it has ended without a word."""
+        return self.ended and not self.farewell
 
     def send(self, parcel: bytes) -> None:
         """Sends something; that it is gone will be noticed when nothing comes back."""
@@ -158,27 +179,19 @@ class _Crew:
         Raises:
             ProcessLost: If one has died.
         """
-        end = float("inf")
-        while not self._over():
-            ways = {child.way: child for child in self._children if not child.ended}
-            ready = wait(list(ways), timeout=None if end == float("inf") else max(0.0, end - time.monotonic()))
-            for way in ready:
-                self._hear(ways[way])  # pyrefly: ignore[bad-index]
-            if end == float("inf") and self._trouble():
+        end = None
+        while not self._over() and (end is None or time.monotonic() < end):
+            ways: dict[Any, _Child] = {child.way: child for child in self._children if not child.ended}
+            for way in wait(list(ways), timeout=None if end is None else max(0.0, end - time.monotonic())):
+                self._hear(ways[way])
+            if end is None and self._trouble():
                 end = time.monotonic() + _PATIENCE
-            if time.monotonic() >= end:
-                break
         if self._trouble():
             raise self._reason()
-        outcome = self._children[0].farewell
-        assert outcome is not None
-        return outcome[1]
+        return self._children[0].value
 
     def _hear(self, child: _Child) -> None:
-        message = child.receive()
-        match message:
-            case None:
-                pass
+        match child.receive():
             case "lines", lines:
                 for line in lines:
                     self._recorder.note(line)
@@ -189,40 +202,39 @@ class _Crew:
                 log = logging.getLogger(record.name)
                 if log.isEnabledFor(record.levelno):
                     log.handle(record)
-            case _:
-                child.farewell = message
+            case "done" | "failed" | "parted" as farewell, value:
+                child.farewell, child.value = farewell, value
 
     def _trouble(self) -> bool:
-        return any(child.ended or (child.farewell or ("done",))[0] != "done" for child in self._children)
+        return any(child.farewell in ("failed", "parted") or child.lost for child in self._children)
 
     def _over(self) -> bool:
-        """Whether all are done, or it is known why they are not, and the first one, which tells the trace, has ended."""
+        """Whether all are done; or it is known why they are not, and the first one, which tells the trace, has ended."""
         if not self._trouble():
-            return all(child.farewell for child in self._children)
-        known = any(child.farewell[0] == "failed" if child.farewell else child.ended for child in self._children)
+            return all(child.farewell == "done" for child in self._children)
+        known = any(child.farewell == "failed" or child.lost for child in self._children)
         return all(child.ended for child in self._children) or (known and self._children[0].ended)
 
     def _reason(self) -> BaseException:
         """Returns why training has ended: rather an error than a death, and rather a death than that others noticed."""
-        size = len(self._children)
         for child in self._children:
-            if child.farewell is not None and child.farewell[0] == "failed":
-                return child.farewell[1]
-        for child in self._children:
-            if child.ended and child.farewell is None:
-                return ProcessLost(child.rank, size, what="worker", how=child.fate())
-        for child in self._children:
-            if child.farewell is None:
-                return ProcessLost(child.rank, size, what="worker", how="does not answer")
-        words = next(child.farewell[1] for child in self._children if child.farewell and child.farewell[0] == "parted")
-        return ProcessLost(0, size, what="worker", how=f"has lost the others ({' '.join(words.split())})")
+            if child.farewell == "failed":
+                error, error.__cause__ = child.value
+                return error
+        lost = [(child, child.fate()) for child in self._children if child.lost]
+        silent = [(child, "does not answer") for child in self._children if not child.farewell]
+        parted = [
+            (child, f"has lost the others ({' '.join(child.value.split())})")
+            for child in self._children
+            if child.farewell == "parted"
+        ]
+        child, how = [*lost, *silent, *parted][0]
+        return ProcessLost(child.rank, len(self._children), what="worker", how=how)
 
 
 @contextlib.contextmanager
 def _crew(engine: AllReduce, job: Job, device: torch.device, recorder: Recorder) -> Iterator[_Crew]:
     """Starts the processes; afterwards they are gone, whatever happens."""
-    from lockfree.server.child import Setting
-
     parcel = _sent(job)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     visible = _visible() if device.type == "cuda" else []
@@ -279,8 +291,6 @@ def _sent(job: Job) -> bytes:
     Raises:
         ValueError: If it cannot be sent, with what is to blame.
     """
-    import cloudpickle
-
     try:
         return cloudpickle.dumps(job)
     except Exception as error:  # whatever an object of the user's may raise
@@ -294,8 +304,6 @@ def _sent(job: Job) -> bytes:
 
 
 def _fits(thing: Any) -> bool:
-    import cloudpickle
-
     try:
         cloudpickle.dumps(thing)
     except Exception:  # as above

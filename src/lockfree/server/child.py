@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,6 +25,10 @@ from lockfree.server.job import Job, Outcome
 from lockfree.server.reduction import Exchange
 from lockfree.server.replica import Replica
 from lockfree.trace import Line
+
+
+class InWorker(Exception):  # noqa: N818
+    """Where an error was that came from another process; it stands as the error's cause."""
 
 
 class Parted(Exception):  # noqa: N818  (it is what happened)
@@ -192,7 +196,8 @@ def main(descriptor: int) -> None:
     except Parted as error:
         home.tell("parted", str(error))
     except BaseException as error:
-        home.tell("failed", _portable(error, f"in worker {setting.rank} of {setting.size}:\n{traceback.format_exc()}"))
+        where = InWorker(f"in worker {setting.rank} of {setting.size}:\n{traceback.format_exc()}")
+        home.tell("failed", (_portable(error), where))
     sys.stdout.flush()
     os._exit(1)  # connections are closed at once, so that nobody waits for this process
 
@@ -202,7 +207,7 @@ def _trained(job: Job, setting: Setting, home: Home) -> Outcome | None:
     _join(setting)
     exchange = Distributed(staged=not setting.together)
     if setting.rank:
-        Replica(replace(job, folder=None), exchange, lambda line: None).run()
+        Replica(job, exchange, lambda line: None).run()
         return None
     logging.getLogger("lockfree").addHandler(Passed(home))
     lines = Lines(lambda found: home.tell("lines", found), home.confirm, setting.time)
@@ -230,12 +235,11 @@ def _join(setting: Setting) -> None:
         raise Parted(str(error)) from error
 
 
-def _portable(error: BaseException, where: str) -> BaseException:
-    """Returns an error that can be sent, with a note of where it was."""
+def _portable(error: BaseException) -> BaseException:
+    """Returns an error that can be sent."""
     try:
         found = pickle.loads(cloudpickle.dumps(error))
         assert isinstance(found, BaseException)
     except Exception:  # whatever an error of the user's needs to be made
-        found = RuntimeError(f"{type(error).__name__}: {error}")
-    found.add_note(where)
+        return RuntimeError(f"{type(error).__name__}: {error}")
     return found
