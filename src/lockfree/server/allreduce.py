@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import cloudpickle
 import torch
 
-from lockfree.launch import loopback
+from lockfree.launch import loopback, loopback_store
 from lockfree.processes import ProcessLost
 from lockfree.rng import get_rng
 from lockfree.server.child import Setting
@@ -236,7 +236,7 @@ class _Crew:
 def _crew(engine: AllReduce, job: Job, device: torch.device, recorder: Recorder) -> Iterator[_Crew]:
     """Starts the processes; afterwards they are gone, whatever happens."""
     parcel = _sent(job)
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = loopback_store()
     visible = _visible() if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
         children = []
