@@ -63,6 +63,20 @@ def test_a_run_folder_is_written_and_replayed(consistency, tmp_path, capsys):
     assert replayed["steps"] == result["updates"]
 
 
+def test_workers_without_a_server_do_the_same(tmp_path, capsys):
+    served = result_of(capsys, *FOUR, "--workers", "2", "--consistency", "bsp", "--out", tmp_path / "served")
+    alone = result_of(
+        capsys, *SMALL, "--workers", "2", "--consistency", "bsp", "--engine", "allreduce", "--out", tmp_path / "alone"
+    )
+    for name in ("test_accuracy", "test_loss", "updates"):
+        assert alone[name] == served[name]
+    mine, theirs = (
+        [line | {"seconds": None} for line in Run.open(tmp_path / name).metrics("epoch")] for name in ("alone", "served")
+    )
+    assert mine == theirs
+    assert main(["replay", str(tmp_path / "alone")]) == 0
+
+
 def test_one_worker_is_training_by_one_process(tmp_path, capsys):
     """The server with one worker takes the steps of a plain loop over its batches; gathered over an epoch it learns as well."""
     alone = result_of(capsys, *SMALL)

@@ -221,7 +221,7 @@ class Experiment(RuleSettings):
         run = None
         if folder is not None and (resume or learner.leads):
             run = Run.open(folder) if resume else Run.create(folder, self.config())
-        scheduler = _Decay(learner.optimizer, self.share_of_the_rate)
+        scheduler = Decay(learner.optimizer, self.share_of_the_rate)
         trainer = Trainer(
             learner,
             run=run if run is not None else folder,
@@ -266,7 +266,7 @@ class Experiment(RuleSettings):
         dataset = load_once(self.data, self.device)
         learner = self.make_learner(dataset)
         loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
-        decay = _Decay(learner.optimizer, self.share_of_the_rate)
+        decay = Decay(learner.optimizer, self.share_of_the_rate)
 
         def batches() -> Iterator[tuple[Any, Any]]:
             for _ in range(self.epochs):
@@ -299,7 +299,7 @@ class Experiment(RuleSettings):
         return cls(**settings)
 
 
-class _Decay(torch.optim.lr_scheduler.LambdaLR):
+class Decay(torch.optim.lr_scheduler.LambdaLR):
     """A learning rate by epoch; a run that is resumed for more epochs goes on with the rate that these have at its epoch."""
 
     def state_dict(self) -> dict[str, Any]:

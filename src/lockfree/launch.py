@@ -11,7 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 LOST = 3
 """The exit code where a process is lost."""
@@ -71,15 +74,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     Returns:
         The exit code: that of the first process, or 3 where one was lost.
     """
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = loopback_store()
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, where it outlives any of them
         "WORLD_SIZE": str(processes),
-        "GLOO_SOCKET_IFNAME": _loopback(),
+        "GLOO_SOCKET_IFNAME": loopback(),
         _PARENT: str(os.getpid()),
     }
     threads = str(max(1, (os.cpu_count() or 1) // processes))
@@ -93,7 +94,19 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         return 0 if first_to_fail is None else _conclude(arguments[0], children, first_to_fail)
 
 
-def _loopback() -> str:
+def loopback_store() -> "TCPStore":
+    """Returns a store by which processes on this machine find each other, and that nobody else can reach."""
+    import socket
+
+    from torch.distributed import TCPStore
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # left to itself, a store listens to the whole network
+        port = listening.getsockname()[1]
+        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def loopback() -> str:
+    """Returns the name of the network interface that leads nowhere but to this machine."""
     import socket
 
     names = [name for _, name in socket.if_nameindex()]

@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from lockfree.memory import ActivationMeter
 from lockfree.rng import undisturbed
 from lockfree.rule import LOCKS
 from lockfree.run import Run
-from lockfree.server import Engine, Entry, Gamma, Simulator, Trained
+from lockfree.server import AllReduce, Engine, Entry, Gamma, Simulator, Trained
 from lockfree.server.milestones import load
 from lockfree.staleness import consistency_from, correction_from
 from lockfree.trace import Line, Replayed
@@ -55,7 +56,11 @@ def _simulator(experiment: "Experiment") -> Engine:
     return Simulator(speeds=speeds_from(experiment.speeds))
 
 
-ENGINES: dict[str, Callable[["Experiment"], Engine]] = {"simulate": _simulator}
+def _allreduce(experiment: "Experiment") -> Engine:
+    return AllReduce()
+
+
+ENGINES: dict[str, Callable[["Experiment"], Engine]] = {"simulate": _simulator, "allreduce": _allreduce}
 """Engines by command-line name."""
 
 
@@ -311,24 +316,38 @@ class _Shape:
         return _Shape(math.ceil(math.ceil(samples / experiment.batch_size) / together), experiment.epochs)
 
 
+@dataclass(frozen=True)
+class _Optimizing:
+    """Makes optimizer and schedule; unlike a function within a function it can be sent to other processes by name."""
+
+    experiment: "Experiment"
+    per_epoch: int
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Makes the optimizer."""
+        from lockfree.experiment import OPTIMIZERS
+
+        return OPTIMIZERS[self.experiment.optimizer](parameters, lr=self.experiment.learning_rate)
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Makes the schedule, by global updates."""
+        from lockfree.experiment import Decay
+
+        return Decay(optimizer, self._share)
+
+    def _share(self, update: int) -> float:
+        return self.experiment.share_of_the_rate(update // self.per_epoch)
+
+
 def _described(experiment: "Experiment", job: _Shape) -> dict[str, Any]:
     """Returns what training and its replay are told alike."""
-    from lockfree.experiment import OPTIMIZERS
-
-    make = OPTIMIZERS[experiment.optimizer]
-
-    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        def share(update: int) -> float:
-            return experiment.share_of_the_rate(update // job.per_epoch)
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
+    optimizing = _Optimizing(experiment, job.per_epoch)
     return {
         "loss": F.cross_entropy,
-        "optimizer": lambda parameters: make(parameters, lr=experiment.learning_rate),
+        "optimizer": optimizing.optimizer,
+        "schedule": optimizing.schedule,
         "consistency": consistency_from(experiment.consistency),
         "correction": correction_from(experiment.correction),
-        "schedule": schedule,
     }
 
 

@@ -19,6 +19,7 @@ The calls may be repeated: a pull that is repeated gives the same answer until i
 answer again. `Pulled.weights` belong to the server: they stay as they are until the push that answers the pull.
 """
 
+from lockfree.server.allreduce import AllReduce
 from lockfree.server.batches import Batches
 from lockfree.server.core import Server
 from lockfree.server.durations import Constant, Duration, Gamma, Straggler
@@ -35,6 +36,7 @@ from lockfree.server.train import Trained, train
 from lockfree.server.worker import Gradient, Worker
 
 __all__ = [
+    "AllReduce",
     "Answer",
     "Applied",
     "Batches",

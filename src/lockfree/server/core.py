@@ -13,7 +13,7 @@ from lockfree.server.memories import Memories
 from lockfree.server.messages import Answer, Applied, Dropped, Gone, NotFinite, Pulled, Push, Refused
 from lockfree.server.patience import Patience
 from lockfree.server.roster import Member, Roster
-from lockfree.server.rounds import Round
+from lockfree.server.rounds import Mean, Round, mean
 from lockfree.server.tickets import Deck
 from lockfree.server.versions import Versions
 from lockfree.staleness import ASP, Consistency, Correction, Late, NoCorrection
@@ -43,6 +43,7 @@ class Server:
         every: Gap and size of the repair are measured at every so many-th push, 1 or more.
         refusals: How often in a row, or of one batch, values may not be finite, 1 or more, before training ends.
         note: Is told what happens, a line of the trace at a time.
+        mean: Makes one gradient of those of a round; another way to the same numbers, where they are not all in one place.
 
     Attributes:
         consistency: When a worker may go on.
@@ -74,6 +75,7 @@ class Server:
         every: int = 10,
         refusals: int = 10,
         note: Callable[[Line], None] | None = None,
+        mean: Mean = mean,
     ) -> None:
         for name, value in (("every", every), ("refusals", refusals)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -87,7 +89,7 @@ class Server:
             weights, optimizer=optimizer, correction=correction, clip=clip, schedule=schedule, patience=patience
         )
         self.descent: Descent = CompensatedDescent.of(general, weights, correction, clip)
-        self._roster, self._deck, self._round = Roster(), Deck(), Round()
+        self._roster, self._deck, self._round, self._mean = Roster(), Deck(), Round(), mean
         self._shapes = Shapes(weights, buffers)
         apart = memory_per_worker and not self.consistency.barrier  # behind a barrier an update is everybody's
         self._memories = Memories(self.descent.memory(weights), apart=apart)
@@ -302,7 +304,7 @@ class Server:
         if not self._round.begun or self._roster.slowest <= self._round.number:
             return
         if self._round.parts:
-            gradients, buffers = self._round.mean()
+            gradients, buffers = self._mean(self._round.in_order)
             late = Late(self.version, self.version, self.weights, self.weights)
             self._update(gradients, buffers, late, self._memories.of(0))  # they are not apart
         self._round = Round(number=self._roster.slowest)

@@ -14,6 +14,7 @@ from lockfree.server.batches import Batches, Data
 from lockfree.server.core import Server, trained
 from lockfree.server.descent import OptimizerFactory
 from lockfree.server.milestones import Milestones, Watch
+from lockfree.server.rounds import Mean, mean
 from lockfree.server.trace import Recorder
 from lockfree.server.worker import Worker
 from lockfree.staleness import Consistency, Correction
@@ -98,11 +99,12 @@ class Job:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a function")
         trained(self.model)
 
-    def server(self, note: Callable[[Line], None] | None = None) -> Server:
+    def server(self, note: Callable[[Line], None] | None = None, mean: Mean = mean) -> Server:
         """Makes the server, and puts it where the run is to go on. All workers have to join, or join anew.
 
         Args:
             note: Is told what happens.
+            mean: Makes one gradient of those of a round.
         """
         server = Server(
             self.model,
@@ -116,6 +118,7 @@ class Job:
             every=self.every,
             refusals=self.refusals,
             note=note,
+            mean=mean,
         )
         if self.state is not None:
             server.restore(self.state)
@@ -167,6 +170,10 @@ class Outcome:
 
 class Engine(ABC):
     """Carries messages between a server and its workers until all updates are made."""
+
+    def about(self) -> Line:
+        """Returns what the header of a trace says of this engine."""
+        return {"engine": type(self).__name__}
 
     @abstractmethod
     def run(self, job: Job, recorder: Recorder) -> Outcome:

@@ -1,6 +1,6 @@
-"""What has come in of a round of gradients, where workers wait for each other."""
+"""What has come in of a round of gradients, where workers wait for each other, and how it becomes one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,13 @@ class Part:
     samples: int
 
 
+Mean = Callable[[Sequence[Part]], tuple[list[Tensor | None], list[Tensor]]]
+"""Makes gradients and buffers of an update of the shares of a round, in the order of their batches."""
+
+
 @dataclass(slots=True)
 class Round:
-    r"""The gradients of a round so far, by their batches.
-
-    Their mean, $g = \sum_k \frac{n_k}{N} g_k$ with $n_k$ of the round's N samples in batch k, is that of one batch of all of them. It is
-    summed in the order of the batches, which is that of the workers, whoever came first.
+    """The gradients of a round so far, by their batches.
 
     Attributes:
         number: The clock of the workers that have yet to push.
@@ -40,22 +41,10 @@ class Round:
         """Takes in a gradient."""
         self.parts[push.ticket] = Part(push.gradients, push.buffers, push.samples)
 
-    @torch.no_grad()
-    def mean(self) -> tuple[list[Tensor | None], list[Tensor]]:
-        """Returns gradients and buffers of the round: means, and the largest of each whole number; of one part, that part."""
-        parts = [self.parts[ticket] for ticket in sorted(self.parts)]
-        if len(parts) == 1:
-            return list(parts[0].gradients), list(parts[0].buffers)
-        total = sum(part.samples for part in parts)
-        shares = [part.samples / total for part in parts]
-        every = zip(*(part.gradients for part in parts), strict=True)
-        if all(gradient is not None for part in parts for gradient in part.gradients):
-            found = list(torch._foreach_mul(list(parts[0].gradients), shares[0]))  # pyrefly: ignore[no-matching-overload]
-            for part, share in zip(parts[1:], shares[1:], strict=True):
-                torch._foreach_add_(found, list(part.gradients), alpha=share)  # pyrefly: ignore[no-matching-overload]
-        else:
-            found = [_weighted(gradients, shares) for gradients in every]
-        return found, [_one_buffer(buffers) for buffers in zip(*(part.buffers for part in parts), strict=True)]
+    @property
+    def in_order(self) -> list[Part]:
+        """What has come, in the order of the batches, which is that of the workers, whoever came first."""
+        return [self.parts[ticket] for ticket in sorted(self.parts)]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of all of it as plain data and tensors."""
@@ -73,6 +62,50 @@ class Round:
     def from_state_dict(cls, state: dict[str, Any]) -> "Round":
         """Makes a round of what `state_dict` returned. Its tensors are shared: nobody writes to them."""
         return cls(state["number"], state["begun"], {ticket: Part(**part) for ticket, part in state["parts"].items()})
+
+
+def mean(parts: Sequence[Part]) -> tuple[list[Tensor | None], list[Tensor]]:
+    """Returns gradients and buffers of a round: means, and the largest of each whole number; of one part, that part.
+
+    Args:
+        parts: In the order of the batches.
+    """
+    if len(parts) == 1:
+        return list(parts[0].gradients), list(parts[0].buffers)
+    gradients = mean_gradients([part.gradients for part in parts], [part.samples for part in parts])
+    return gradients, mean_buffers([part.buffers for part in parts])
+
+
+@torch.no_grad()
+def mean_gradients(each: Sequence[Sequence[Tensor | None]], samples: Sequence[int]) -> list[Tensor | None]:
+    r"""Returns the gradient of one batch of all samples, $g = \sum_k \frac{n_k}{N} g_k$, summed in the order given.
+
+    Args:
+        each: The gradients $g_k$ of 2 or more batches; one that is missing counts as 0, unless all are.
+        samples: $n_k$, of N in all.
+
+    Example:
+        >>> mean_gradients([[torch.tensor(1.0)], [torch.tensor(5.0)]], samples=[3, 1])
+        [tensor(2.)]
+    """
+    total = sum(samples)
+    shares = [count / total for count in samples]
+    if any(gradient is None for gradients in each for gradient in gradients):
+        return [_weighted(gradients, shares) for gradients in zip(*each, strict=True)]
+    found = list(torch._foreach_mul(list(each[0]), shares[0]))  # pyrefly: ignore[no-matching-overload]
+    for gradients, share in zip(each[1:], shares[1:], strict=True):
+        torch._foreach_add_(found, list(gradients), alpha=share)  # pyrefly: ignore[no-matching-overload]
+    return found
+
+
+@torch.no_grad()
+def mean_buffers(each: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Returns the buffers of a round.
+
+    Args:
+        each: Those after each batch, of 2 or more.
+    """
+    return [_one_buffer(buffers) for buffers in zip(*each, strict=True)]
 
 
 def _weighted(gradients: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:

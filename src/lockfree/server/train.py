@@ -1,5 +1,6 @@
 """Training of one model by many workers, in one call."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +154,9 @@ def train(
         watch_every=watch_every,
     )
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    header = {**job.header(), "engine": type(engine).__name__}
+        with contextlib.suppress(OSError):  # that checkpoints cannot be written is a warning at each, and training goes on
+            folder.mkdir(parents=True, exist_ok=True)
+    header = {**job.header(), **engine.about()}
     recorder = Recorder(folder if trace is None else trace, progress=progress, resume=resume)
     try:
         if resume:

@@ -12,24 +12,12 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 import torch.distributed as dist
 
+from lockfree.processes import ProcessLost
+
 T = TypeVar("T")
 
 _serials = itertools.count()
 _TAGS_OF_A_LEARNER = 64
-
-
-class ProcessLost(RuntimeError):  # noqa: N818  (it is what happened, not a mistake in the call)
-    """A process that trains a part of the model is gone; what the others have learnt since the last checkpoint cannot be used.
-
-    Attributes:
-        process: Its number.
-    """
-
-    def __init__(self, process: int, processes: int) -> None:
-        self.process = process
-        super().__init__(
-            f"process {process} of {processes} is gone, so the others stopped at the end of a batch; go on from the last checkpoint"
-        )
 
 
 class FailedElsewhere(ValueError):  # noqa: N818
