@@ -20,6 +20,7 @@ answer again. `Pulled.weights` belong to the server: they stay as they are until
 """
 
 from lockfree.server.batches import Batches
+from lockfree.server.cluster import Ray
 from lockfree.server.core import Server
 from lockfree.server.durations import Constant, Duration, Gamma, Straggler
 from lockfree.server.failures import Failure, Point, ServerFailure
@@ -54,6 +55,7 @@ __all__ = [
     "Point",
     "Pulled",
     "Push",
+    "Ray",
     "Recorder",
     "Refused",
     "Server",

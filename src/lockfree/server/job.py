@@ -154,6 +154,10 @@ class Outcome:
 class Engine(ABC):
     """Carries messages between a server and its workers until all updates are made."""
 
+    def about(self) -> Line:
+        """Returns what the header of a trace says of this engine."""
+        return {"engine": type(self).__name__}
+
     @abstractmethod
     def run(self, job: Job, recorder: Recorder) -> Outcome:
         """Trains.

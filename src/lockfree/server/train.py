@@ -139,7 +139,7 @@ def train(
         checkpoints=checkpoints,
         state=load(folder) if resume and folder is not None else None,
     )
-    header = {**job.header(), "engine": type(engine).__name__}
+    header = {**job.header(), **engine.about()}
     recorder = Recorder(folder if trace is None else trace, progress=progress, resume=resume)
     try:
         if resume:
