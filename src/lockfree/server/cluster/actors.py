@@ -187,7 +187,7 @@ def ask(method: Any, *arguments: Any, patience: float, sent: Callable[[], None] 
         Diverged: If training has broken.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
     end = time.monotonic() + patience
     while True:
@@ -197,6 +197,8 @@ def ask(method: Any, *arguments: Any, patience: float, sent: Callable[[], None] 
             answer = ray.get(asked)
         except RayTaskError:
             raise
+        except ActorDiedError as error:
+            raise ConnectionError(f"the server has died for good: {last_line(error)}") from None
         except RayError as error:
             if time.monotonic() > end:
                 raise ConnectionError(f"the server has not come back within {patience:g} s ({one_line(error)})") from None
@@ -211,6 +213,12 @@ def one_line(error: BaseException) -> str:
     """Returns the first line of what an error says."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """Returns the last line of what an error says, which is the reason where it shows another process's traceback."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lockfree.server.cluster.actors import GONE, Post, ServerActor, Setting, ask, one_line, work
+from lockfree.server.cluster.actors import GONE, Post, ServerActor, Setting, ask, last_line, one_line, work
 from lockfree.server.cluster.faults import Schedule
 from lockfree.server.cluster.parcel import unpack
 from lockfree.server.cluster.session import find_ray, session
@@ -328,8 +328,7 @@ def _cause(error: Any, worker: int | None) -> Exception:
     while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
         cause = cause.cause
     if isinstance(cause, RayTaskError):
-        lines = str(cause).strip().splitlines()
-        cause = RuntimeError(lines[-1] if lines else "no reason given")
+        cause = RuntimeError(last_line(cause))
     if worker is not None:
         cause.add_note(f"(in worker {worker})")
     return cause

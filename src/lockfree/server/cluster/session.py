@@ -6,7 +6,9 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -53,23 +55,25 @@ def session(address: str | None, cpus: int) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet(ray))
-        stack.callback(ray.shutdown)
-        if address is None:
+        if address is not None:
+            _knock(address)
+            stack.callback(ray.shutdown)
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ConnectionError(f"the cluster at {address} does not let us in: {one_line(error)}") from error
+        else:
             stack.enter_context(_alone())
+            folder = stack.enter_context(_short_folder())
+            stack.callback(ray.shutdown)
             ray.init(
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
                 _node_ip_address="127.0.0.1",
-                _temp_dir=stack.enter_context(_short_folder()),
+                _temp_dir=folder,
             )
-        else:
-            _knock(address)
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise ConnectionError(f"the cluster at {address} does not let us in: {one_line(error)}") from error
         yield
 
 
@@ -103,6 +107,7 @@ def _alone() -> Iterator[None]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on the loopback: what Ray does on its own where there are no clusters
         "RAY_AUTH_MODE": "token",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what can be imported here can be imported there
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns of what it will do some day
     }
     theirs = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -142,7 +147,9 @@ def _short_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        end = time.monotonic() + _PATIENCE
+        while Path(folder).exists() and time.monotonic() < end:  # processes that are on their way out may still write
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
