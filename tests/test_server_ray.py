@@ -1,6 +1,6 @@
 """The engine on Ray: real processes that are really killed, and a run that is what it would have been without."""
 
-import json
+import itertools
 import os
 import random
 import signal
@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from served import Net, a_plain_loop, assert_same, cross_entropy, data, plain, sgd, smooth
-from torch import nn
 
 from lockfree.objective import Diverged
 from lockfree.server import Ray, Simulator, read, replay, train
 from lockfree.server.cluster import faults
 from lockfree.server.cluster.session import session
-from lockfree.staleness import ASP, BSP, SSP, DelayCompensation
+from lockfree.staleness import BSP, SSP, DelayCompensation
 
 ray = pytest.importorskip("ray")
 
@@ -28,6 +27,13 @@ ray = pytest.importorskip("ray")
 def away():
     """Whether this is a process of Ray's."""
     return "default_worker" in sys.argv[0]
+
+
+def slow(output, target):
+    """The arithmetic of tests takes no time, and the run should not be over before everybody has died."""
+    if away():
+        time.sleep(0.03)
+    return cross_entropy(output, target)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,15 @@ def cluster():
 
 
 def run(model=None, given=None, **more):
-    settings = {"loss": cross_entropy, "optimizer": sgd, "workers": 4, "batch_size": 4, "updates": 60, "seed": 3, "engine": Ray()}
+    settings = {
+        "loss": cross_entropy,
+        "optimizer": sgd,
+        "workers": 4,
+        "batch_size": 4,
+        "updates": 60,
+        "seed": 3,
+        "engine": Ray(),
+    }
     return train(model or Net(), given or data(), **{**settings, "fingerprints": 10, **more})
 
 
@@ -50,8 +64,8 @@ def replayed(result, model=None, **more):
 def test_a_run_replays_bit_for_bit(cluster, tmp_path):
     correction = DelayCompensation()
     seen = []
-    result = run(correction=correction, trace=tmp_path, progress=seen.append)
-    told = replayed(result, correction=correction)
+    result = run(loss=slow, correction=correction, trace=tmp_path, progress=seen.append)
+    told = replayed(result, loss=slow, correction=correction)
     assert told.identical
     assert told.steps == 60
     assert told.compared == tuple(range(0, 61, 10))
@@ -167,17 +181,8 @@ def test_no_worker_left_is_an_error_that_names_it(cluster):
         run(given=Fatal(None), workers=1, updates=5, engine=Ray(restarts=0))
 
 
-def slow(output, target):
-    """The arithmetic of tests takes no time, and the run should not be over before everybody has died."""
-    if away():
-        time.sleep(0.03)
-    return cross_entropy(output, target)
-
-
 def check_faults(folder, *, worker_kills, server_kills, updates, seed):
-    schedule = faults.Schedule.at_random(
-        folder, seed=seed, workers=4, worker_kills=worker_kills, server_kills=server_kills
-    )
+    schedule = faults.Schedule.at_random(folder, seed=seed, workers=4, worker_kills=worker_kills, server_kills=server_kills)
     engine = Ray(restarts=50, snapshots=40, _faults=schedule)
     settings = {"model": smooth(), "loss": slow, "optimizer": plain, "consistency": SSP(3), "batch_size": 8}
     result = run(**settings, updates=updates, engine=engine, every=1)
@@ -222,7 +227,7 @@ def test_a_dead_worker_is_noticed_at_once(cluster, tmp_path):
     schedule = faults.Schedule(folder=tmp_path, workers=[[], [faults.Kill(faults.Place.BEFORE_PUSH, 3)]])
     result = run(loss=slow, workers=2, consistency=BSP(), updates=100, engine=Ray(_faults=schedule))
     pushes = [line["time"] for line in result.trace if line["kind"] == "push"]
-    waited = max(later - earlier for earlier, later in zip(pushes, pushes[1:], strict=False))
+    waited = max(later - earlier for earlier, later in itertools.pairwise(pushes))
     (evicted,) = (line["time"] for line in result.trace if line["kind"] == "evict")
     last = max(time for time in pushes if time < evicted)
     assert evicted - last < 2
@@ -278,7 +283,9 @@ def start(tmp_path, loss="pass"):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(loss=loss))
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+    return subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    )
 
 
 def left(before, seconds=10):

@@ -202,9 +202,7 @@ class _Crew:
         try:
             return self._ray.put(job)
         except (TypeError, AttributeError, pickle.PicklingError) as error:
-            raise ValueError(
-                f"model, data, loss or optimizer cannot be sent to another process: {one_line(error)}"
-            ) from error
+            raise ValueError(f"model, data, loss or optimizer cannot be sent to another process: {one_line(error)}") from error
 
     def _cpus(self) -> float:
         """Returns how many processors each process is promised: not so many that some would wait for others to end."""

@@ -43,12 +43,12 @@ class Journal:
         """
         described = [[None if p is None else [p.kind, p.shape, p.order, p.data.nbytes] for p in part] for part in parts]
         text = json.dumps({"head": head, "parts": described}).encode()
-        arrays = [parcel.data for part in parts for parcel in part if parcel is not None]
+        arrays = [memoryview(p.data) for part in parts for p in part if p is not None]  # pyrefly: ignore[bad-argument-type]
         check = zlib.crc32(text)
         for array in arrays:
             check = zlib.crc32(array, check)
         length = sum(array.nbytes for array in arrays)
-        _write(self._file, [_PREFIX.pack(len(text), length, check), text, *map(memoryview, arrays)])
+        _write(self._file, [_PREFIX.pack(len(text), length, check), text, *arrays])
         if self._sync and parts:
             os.fsync(self._file)
         self.size += _PREFIX.size + len(text) + length

@@ -339,4 +339,3 @@ _NUMBERS = ("worker", "incarnation", "sequence", "version", "ticket", "samples",
 def _snapshots(folder: Path) -> list[tuple[int, Path]]:
     found = [(path.stem.removeprefix("snapshot-"), path) for path in folder.glob("snapshot-*.pt")]
     return [(int(number), path) for number, path in found if number.isdecimal()]
-

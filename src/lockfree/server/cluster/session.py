@@ -101,7 +101,7 @@ def _knock(address: str) -> None:
 def _alone() -> Iterator[None]:
     """Has a cluster started that can be reached from this machine only, by who has the token, and reports to nobody."""
     from ray._private import ray_constants
-    from ray._raylet import Config
+    from ray._raylet import Config  # pyrefly: ignore[missing-module-attribute]
 
     variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
