@@ -245,6 +245,35 @@ def test_checkpoints_are_those_of_train(cluster, tmp_path):
     assert (tmp_path / "server.pt").is_file()
 
 
+def test_a_detached_server_goes_on_with_another_driver(cluster, tmp_path):
+    def interrupt(entry):
+        if entry.update == 10:
+            raise KeyboardInterrupt
+
+    settings = {"loss": slow, "workers": 2, "updates": 40, "checkpoint": tmp_path, "consistency": SSP(2)}
+    engine = Ray(detached=True, name="mine")
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings, engine=engine, progress=interrupt)
+    with pytest.raises(ValueError, match="the server 'mine' trains something else"):
+        run(**settings | {"updates": 50, "checkpoint": tmp_path / "other"}, engine=engine)
+    result = run(**settings, engine=engine)
+    assert [entry.update for entry in result.history] == list(range(1, 41))  # those of the first driver, too
+    assert sum(line["kind"] == "join" for line in result.trace) == 4
+    assert replayed(result, loss=slow, consistency=SSP(2)).identical
+    with pytest.raises(ValueError, match="Failed to look up actor"):
+        ray.get_actor("mine", namespace="lockfree")
+
+
+def test_a_detached_server_needs_a_folder(cluster):
+    with pytest.raises(ValueError, match="give one as checkpoint="):
+        run(engine=Ray(detached=True))
+
+
+def test_another_cluster_than_the_one_joined_is_an_error(cluster):
+    with pytest.raises(ValueError, match=r"this process is part of the cluster at 127\.0\.0\.1:\d+: call ray\.shutdown"):
+        run(engine=Ray("10.0.0.1:6379"))
+
+
 # ---- what surrounds it ---------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +384,23 @@ def test_without_ray_it_says_how_to_install_it():
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=100)
     assert done.stdout == "the engine Ray needs the package ray: pip install 'lockfree[cluster]'\n"
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "message"),
+    [
+        ("127.0.0.1:1", ConnectionError, "no cluster answers at 127.0.0.1:1 within 5 s"),
+        ("ray://somewhere:1", ValueError, "give host and port of a cluster's head node"),
+        ("somewhere", ValueError, "give host and port"),
+    ],
+)
+def test_an_address_that_does_not_answer_is_an_error(address, kind, message):
+    start = time.monotonic()
+    with pytest.raises(kind, match=message) as caught:
+        run(engine=Ray(address))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 10
+    assert not ray.is_initialized()
 
 
 def test_the_package_does_not_import_ray():

@@ -113,10 +113,17 @@ class Ray(Engine):
         header = {**job.header(), **self.about()}
         if self.detached and job.folder is None:
             raise ValueError("Ray: a detached server needs a folder that outlives this process, give one as checkpoint=")
-        with self._folder(job) as folder, session(self.address, job.workers + 1), contextlib.ExitStack() as stack:
+        with self._folder(job) as folder, session(self.address, job.workers + 1):
             crew = _Crew(self, job, header, folder, recorder)
-            stack.callback(crew.dismiss)
-            return crew.run()
+            try:
+                return crew.run()
+            except Foreign:
+                raise  # and it may go on
+            except Exception:
+                crew.keep_server = False  # nobody could go on with it
+                raise
+            finally:
+                crew.dismiss()
 
     @contextlib.contextmanager
     def _folder(self, job: Job) -> Iterator[Path]:
@@ -130,6 +137,10 @@ class Ray(Engine):
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
+
+
+class Foreign(ValueError):  # noqa: N818  (it is what was found)
+    """A server of this name belongs to another run."""
 
 
 @dataclass(slots=True)
@@ -150,7 +161,11 @@ class _Seat:
 
 
 class _Crew:
-    """All processes of a run, and what this one does meanwhile: starts them again, and takes the trace down."""
+    """All processes of a run, and what this one does meanwhile: starts them again, and takes the trace down.
+
+    Attributes:
+        keep_server: Whether the server is to go on without this process.
+    """
 
     def __init__(self, engine: Ray, job: Job, header: Line, folder: Path, recorder: Recorder) -> None:
         self._ray = find_ray()
@@ -159,7 +174,8 @@ class _Crew:
         self._patience = float(engine.patience)
         self._read = 0  # bytes of the trace
         self._seats: dict[int, _Seat] = {}
-        self._keep_server = engine.detached  # whatever becomes of this process
+        self._left_out: set[int] = set()
+        self.keep_server = engine.detached  # whatever becomes of this process
         job = dataclasses.replace(job, folder=None if job.folder is None else job.folder.absolute())
         self._job = self._sent(dataclasses.replace(job, state=None))
         self._share = self._cpus()
@@ -182,14 +198,14 @@ class _Crew:
                 self._look_after(seat, done=seat.working in ready)
         weights, buffers = self._ask("outcome")
         self._ray.wait(self._working, num_returns=len(self._seats), timeout=1.0)  # they have been told
-        self._keep_server = False
+        self.keep_server = False
         return Outcome(unpack(weights, own=True), unpack(buffers, own=True))  # pyrefly: ignore[bad-argument-type]
 
     def dismiss(self) -> None:
         """Ends all processes of the run."""
         for working in self._working:
             self._ray.cancel(working, force=True)
-        if not self._keep_server:
+        if not self.keep_server:
             self._ray.kill(self._server)
 
     @property
@@ -235,7 +251,7 @@ class _Crew:
     def _check_server(self) -> None:
         theirs = self._ask("header")
         if json.dumps(theirs) != json.dumps(self._header):
-            raise ValueError(
+            raise Foreign(
                 f"the server {self._engine.name!r} trains something else: give the arguments of its run, or another name"
             )
 
@@ -282,8 +298,14 @@ class _Crew:
         if not self._seats:
             raise RuntimeError(f"no worker is left: worker {seat.number} {why}")
         log.warning("worker %d %s: training goes on without it", seat.number, why)
-        with contextlib.suppress(Gone):
-            self._ask("give_up", seat.number)
+        self._left_out.add(seat.number)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Tells the server for whom it need not wait."""
+        for number in self._left_out:
+            with contextlib.suppress(Gone):
+                self._ask("give_up", number)
 
     # ---- the server --------------------------------------------------------------------------------------------------------------
 
@@ -303,8 +325,8 @@ class _Crew:
             text, over = self._ray.get(news)
         except RayTaskError as error:
             raise _cause(error, None) from None
-        except RayError:  # it is on its way back
-            time.sleep(0.05)
+        except RayError:  # it is on its way back, and has forgotten what is not in its folder
+            self._give_up()
             return False
         lines = [json.loads(line) for line in text.splitlines()]
         for line in lines[0 if self._read else 1 :]:  # there is a header already
