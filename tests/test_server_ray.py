@@ -40,7 +40,7 @@ def slow(output, target):
 def cluster():
     """One for all: processes that have imported PyTorch stay for the next run."""
     with session(None, 5):
-        yield
+        yield ray
 
 
 def run(model=None, given=None, **more):
@@ -184,7 +184,14 @@ def test_no_worker_left_is_an_error_that_names_it(cluster):
 def check_faults(folder, *, worker_kills, server_kills, updates, seed):
     schedule = faults.Schedule.at_random(folder, seed=seed, workers=4, worker_kills=worker_kills, server_kills=server_kills)
     engine = Ray(restarts=50, snapshots=40, _faults=schedule)
-    settings = {"model": smooth(), "loss": slow, "optimizer": plain, "consistency": SSP(3), "batch_size": 8}
+
+    def patient(output, target):
+        """The run must not be over before all have died, however long a machine takes to start them again."""
+        if away() and len(list(folder.glob("*/*.death"))) < worker_kills + server_kills:
+            time.sleep(0.5)
+        return cross_entropy(output, target)
+
+    settings = {"model": smooth(), "loss": patient, "optimizer": plain, "consistency": SSP(3), "batch_size": 8}
     result = run(**settings, updates=updates, engine=engine, every=1)
     assert sum(schedule.of_worker(number).suffered for number in range(4)) == worker_kills
     assert schedule.of_server().suffered == server_kills
@@ -204,23 +211,24 @@ def check_faults(folder, *, worker_kills, server_kills, updates, seed):
     assert updates - worker_kills - server_kills - 4 <= acknowledged <= updates
     assert sum(line["kind"] == "restore" for line in result.trace) == server_kills
     assert sum(line["kind"] == "evict" for line in result.trace) == worker_kills
-    told = replay(result.trace, smooth(), data(), loss=slow, optimizer=plain, consistency=SSP(3))
+    told = replay(result.trace, smooth(), data(), loss=patient, optimizer=plain, consistency=SSP(3))
     assert told.identical
     calm = run(**settings | {"model": smooth()}, updates=updates, engine=Simulator())
     x, y = data()
-    losses = [float(cross_entropy(model(x), y)) for model in (result.model, calm.model, smooth())]
+    with torch.no_grad():
+        losses = [float(cross_entropy(model(x), y)) for model in (result.model, calm.model, smooth())]
     assert abs(losses[0] - losses[1]) < 0.1 * (losses[2] - losses[1])
     return result
 
 
 def test_deaths_of_workers_and_server_lose_nothing(cluster, tmp_path):
-    check_faults(tmp_path, worker_kills=6, server_kills=1, updates=800, seed=3)
+    check_faults(tmp_path, worker_kills=6, server_kills=1, updates=600, seed=3)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_deaths_of_workers_and_server_lose_nothing(cluster, tmp_path):
-    check_faults(tmp_path, worker_kills=20, server_kills=3, updates=4000, seed=4)
+    check_faults(tmp_path, worker_kills=20, server_kills=3, updates=2500, seed=4)
 
 
 def test_a_dead_worker_is_noticed_at_once(cluster, tmp_path):

@@ -69,7 +69,7 @@ class Ray(Engine):
     threads: int = 1
     cpus: float | int | None = None
     restarts: int = 5
-    patience: float | int = 60.0
+    patience: float | int = 180.0
     snapshots: int = 1000
     sync: bool = False
     detached: bool = False
