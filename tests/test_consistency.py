@@ -8,6 +8,8 @@ from served import Net, assert_same, data, plain, served, smooth, trained
 from lockfree.server import Constant, Failure, Gamma, Simulator, Straggler, delays
 from lockfree.staleness import ASP, BSP, SSP, DelayCompensation, NoCorrection, ScaleByDelay, consistency_from
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # checking types takes most of the time, and is done in the other files
+
 
 @pytest.fixture
 def double():

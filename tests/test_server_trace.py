@@ -105,6 +105,7 @@ def test_a_trace_that_ends_early_is_repeated_up_to_there(tmp_path):
 
 @pytest.mark.parametrize("kind", ["join", "pull", "push"])
 @pytest.mark.parametrize("name", ["bsp", "asp", "ssp"])
+@pytest.mark.usefixtures("unchecked")  # for speed
 def test_a_trace_that_lacks_lines_is_a_clear_error(kind, name):
     lines = run(name).trace
     places = [place for place, line in enumerate(lines[:-12]) if line["kind"] == kind]
@@ -116,6 +117,7 @@ def test_a_trace_that_lacks_lines_is_a_clear_error(kind, name):
         again([*lines[:20], *lines[30:]], name)
 
 
+@pytest.mark.usefixtures("unchecked")  # for speed
 def test_an_eviction_that_is_lacking_is_an_error():
     lines = run("rounds that fail").trace
     for place in [place for place, line in enumerate(lines) if line["kind"] == "evict"]:

@@ -1,16 +1,16 @@
 """The server: the weights, and the rules by which workers read and change them. No I/O, no threads, no clock on the wall."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lockfree.objective import Diverged
 from lockfree.server.check import Shapes
 from lockfree.server.descent import Descent, OptimizerDescent, OptimizerFactory
+from lockfree.server.memories import Memories
 from lockfree.server.messages import Answer, Applied, Dropped, Gone, NotFinite, Pulled, Push, Refused
+from lockfree.server.patience import Patience
 from lockfree.server.roster import Member, Roster
 from lockfree.server.rounds import Round
 from lockfree.server.tickets import Deck
@@ -88,12 +88,10 @@ class Server:
         self._roster, self._deck, self._round = Roster(), Deck(), Round()
         self._shapes = Shapes(weights, buffers)
         apart = memory_per_worker and not self.consistency.barrier  # behind a barrier an update is everybody's
-        self._fresh = self.descent.memory(weights)
-        self._memory = {} if apart else self._fresh
-        self._memories: dict[int, dict[str, Any]] | None = {} if apart else None
-        self._every, self._refusals, self._note = every, refusals, note
-        self._pushes = self._in_a_row = self._snapshots = 0
-        self._not_finite: dict[int, int] = {}  # how often, by ticket
+        self._memories = Memories(self.descent.memory(weights), apart=apart)
+        self._patience = Patience(refusals)
+        self._every, self._note = every, note
+        self._pushes = self._snapshots = 0
 
     # ---- what an engine looks at -----------------------------------------------------------------------------------------------
 
@@ -241,8 +239,7 @@ class Server:
         except Refused as refusal:
             self._tell("push", **_which(push), outcome="refused", why=str(refusal))
             raise
-        self._in_a_row = 0
-        self._not_finite.pop(push.ticket, None)
+        self._patience.renew(push.ticket)
         answer = self._gather(push) if self.consistency.barrier else self._take(push)
         member.version = member.ticket = None
         member.answered, member.answer = push.sequence, answer
@@ -263,12 +260,7 @@ class Server:
 
     def _take(self, push: Push) -> Answer:
         """Makes an update of one gradient."""
-        memory = self._memory
-        if self._memories is not None:
-            if push.worker not in self._memories:
-                self._memories[push.worker] = copy.deepcopy(self._fresh)
-            memory = self._memories[push.worker]
-        return self._update(push.gradients, push.buffers, self._late(push.version), memory)
+        return self._update(push.gradients, push.buffers, self._late(push.version), self._memories.of(push.worker))
 
     def _gather(self, push: Push) -> Answer:
         """Puts a gradient to those of the round."""
@@ -310,7 +302,7 @@ class Server:
         if self._round.parts:
             gradients, buffers = self._round.mean()
             late = Late(self.version, self.version, self.weights, self.weights)
-            self._update(gradients, buffers, late, self._memory)
+            self._update(gradients, buffers, late, self._memories.of(0))  # they are not apart
         self._round = Round(number=self._roster.slowest)
 
     def _take_out(self, worker: int, member: Member) -> None:
@@ -328,14 +320,7 @@ class Server:
         if not self.consistency.barrier:  # behind a barrier the batch remains this worker's
             self._deck.put_back(push.ticket)
             member.ticket = None
-        self._in_a_row += 1
-        times = self._not_finite[push.ticket] = self._not_finite.get(push.ticket, 0) + 1
-        if max(times, self._in_a_row) >= self._refusals:
-            what = f"{times} times for batch {push.ticket}" if times >= self._in_a_row else f"{self._in_a_row} times in a row"
-            raise Diverged(
-                f"training broke after {self.version} updates: {refusal}, {what}; look for bad values in the data, lower the "
-                "learning rate, or go on from the last checkpoint"
-            ) from refusal
+        self._patience.bear(push.ticket, self.version, refusal)
 
     # ---- what it tells ---------------------------------------------------------------------------------------------------------
 
@@ -372,9 +357,9 @@ class Server:
             "roster": self._roster.state_dict(),
             "deck": self._deck.state_dict(),
             "round": self._round.state_dict(),
-            "memory": copy.deepcopy(self._memory),
-            "memories": copy.deepcopy(self._memories),
-            "counts": {"pushes": self._pushes, "in_a_row": self._in_a_row, "not_finite": dict(self._not_finite)},
+            "memories": self._memories.state_dict(),
+            "patience": self._patience.state_dict(),
+            "pushes": self._pushes,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -388,16 +373,14 @@ class Server:
         """
         kept = state["versions"]["kept"][state["versions"]["now"]]
         self._shapes.check_snapshot(kept["weights"], kept["buffers"])
-        if (state["memories"] is None) != (self._memories is None):
-            raise ValueError("the snapshot is of another memory_per_worker: make the server with the same arguments")
+        self._memories.load_state_dict(state["memories"])
         self._versions.load_state_dict(state["versions"])
         self.descent.load_state_dict(state["descent"])
         self._roster.load_state_dict(state["roster"])
         self._deck.load_state_dict(state["deck"])
         self._round = Round.from_state_dict(state["round"])
-        self._memory, self._memories = copy.deepcopy(state["memory"]), copy.deepcopy(state["memories"])
-        counts = state["counts"]
-        self._pushes, self._in_a_row, self._not_finite = counts["pushes"], counts["in_a_row"], dict(counts["not_finite"])
+        self._patience.load_state_dict(state["patience"])
+        self._pushes = state["pushes"]
         self._snapshots = max(self._snapshots, state["number"])
         self._tell("restore", version=self.version, of=state["number"])
 
