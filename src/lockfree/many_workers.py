@@ -22,7 +22,7 @@ from lockfree.memory import ActivationMeter
 from lockfree.rng import undisturbed
 from lockfree.rule import LOCKS
 from lockfree.run import Run
-from lockfree.server import AllReduce, Engine, Entry, Gamma, Simulator, Trained
+from lockfree.server import AllReduce, Engine, Entry, Gamma, Ray, Simulator, Trained
 from lockfree.server.milestones import load
 from lockfree.staleness import consistency_from, correction_from
 from lockfree.trace import Line, Replayed
@@ -60,7 +60,11 @@ def _allreduce(experiment: "Experiment") -> Engine:
     return AllReduce()
 
 
-ENGINES: dict[str, Callable[["Experiment"], Engine]] = {"simulate": _simulator, "allreduce": _allreduce}
+def _ray(experiment: "Experiment") -> Engine:
+    return Ray(experiment.address)
+
+
+ENGINES: dict[str, Callable[["Experiment"], Engine]] = {"ray": _ray, "simulate": _simulator, "allreduce": _allreduce}
 """Engines by command-line name."""
 
 

@@ -21,6 +21,7 @@ answer again. `Pulled.weights` belong to the server: they stay as they are until
 
 from lockfree.server.allreduce import AllReduce
 from lockfree.server.batches import Batches
+from lockfree.server.cluster import Ray
 from lockfree.server.core import Server
 from lockfree.server.durations import Constant, Duration, Gamma, Straggler
 from lockfree.server.failures import Failure, Point, ServerFailure
@@ -56,6 +57,7 @@ __all__ = [
     "Point",
     "Pulled",
     "Push",
+    "Ray",
     "Recorder",
     "Refused",
     "Server",
