@@ -16,6 +16,8 @@ from lockfree.bench import BENCHMARKS
 from lockfree.bench import pipeline as run_pipeline
 from lockfree.bench.pipeline import Size, Training, network, plain, sequential, staged, workers
 
+pytestmark = pytest.mark.xdist_group("bench pipeline")  # what is started once is started in one process
+
 bench = sys.modules["lockfree.bench.pipeline"]  # the package has a function of this name
 
 SMALL = Size(blocks=4, units=16, batch=32)

@@ -18,6 +18,8 @@ from lockfree import checkpoint, cli, experiment
 from lockfree.data import write_idx
 from lockfree.rules import RULES
 
+pytestmark = pytest.mark.xdist_group("cli")  # what is started once is started in one process
+
 DIGITS = ["--data", "digits", "--epochs", "1"]
 KEYS = {
     *("rule", "data", "seed", "epochs", "test_accuracy", "test_loss", "seconds", "samples_per_second"),

@@ -19,6 +19,8 @@ from lockfree.executors.pipeline.groups import balanced
 from lockfree.executors.pipeline.wire import Layout
 from lockfree.trace import fingerprints, replay
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # what is started once is started in one process
+
 BY_NAME = {case.name: case for case in RULES}
 PLANS = {plan.name: plan for plan in SCHEDULES}
 MLP = MODELS["mlp"]

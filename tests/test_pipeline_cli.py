@@ -15,6 +15,8 @@ from lockfree import checkpoint, trace
 from lockfree.cli import main
 from lockfree.run import Run
 
+pytestmark = pytest.mark.xdist_group("pipeline cli")  # what is started once is started in one process
+
 RUN = ["--rule", "cdni", "--data", "digits", "--schedule", "pipelined", "--batch-size", "64"]
 EPOCHS = 24
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

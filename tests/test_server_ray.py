@@ -22,6 +22,7 @@ from lockfree.server.cluster.session import session
 from lockfree.staleness import BSP, SSP, DelayCompensation
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
 
 
 def away():
@@ -221,11 +222,6 @@ def check_faults(folder, *, worker_kills, server_kills, updates, seed):
     return result
 
 
-def test_deaths_of_workers_and_server_lose_nothing(cluster, tmp_path):
-    check_faults(tmp_path, worker_kills=6, server_kills=1, updates=600, seed=3)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_deaths_of_workers_and_server_lose_nothing(cluster, tmp_path):
     check_faults(tmp_path, worker_kills=20, server_kills=3, updates=2500, seed=4)
@@ -251,6 +247,28 @@ def test_checkpoints_are_those_of_train(cluster, tmp_path):
     assert_same(more.model, whole.model)
     assert replayed(more, consistency=BSP()).identical
     assert (tmp_path / "server.pt").is_file()
+
+
+def test_a_run_is_watched_stopped_and_gone_on_with(cluster, tmp_path):
+    seen, told = {}, []
+
+    def watch(version, weights, buffers):
+        seen[version] = ([weight.clone() for weight in weights], len(told))
+
+    settings = {"consistency": BSP(), "loss": slow, "updates": 24, "checkpoint": tmp_path, "workers": 2}
+    settings |= {"watch": watch, "watch_every": 10, "progress": told.append}
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings, stop=lambda: len(told) > 16)
+    assert set(seen) <= {0, 10}
+    result = run(**settings, resume=True)
+    assert sorted(seen) == [0, 10, 20, 24]
+    for version, (weights, pushes) in seen.items():
+        if version:
+            assert pushes >= 2 * version  # what has led to them was told before
+            wanted = run(consistency=BSP(), workers=2, updates=version, engine=Simulator()).model
+            assert all(map(torch.equal, weights, wanted.parameters()))
+    assert_same(result.model, run(consistency=BSP(), workers=2, updates=24, engine=Simulator()).model)
+    assert replayed(result, loss=slow, consistency=BSP()).identical
 
 
 def test_a_detached_server_goes_on_with_another_driver(cluster, tmp_path):

@@ -303,9 +303,11 @@ class Decay(torch.optim.lr_scheduler.LambdaLR):
     """A learning rate by epoch; a run that is resumed for more epochs goes on with the rate that these have at its epoch."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns what changes, without functions."""
         return {name: value for name, value in super().state_dict().items() if name != "lr_lambdas"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there, with the rate that the present functions give."""
         super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
         for group, base, share in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * share(self.last_epoch)

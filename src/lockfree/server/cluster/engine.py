@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lockfree.server.cluster.actors import GONE, Post, ServerActor, Setting, ask, last_line, one_line, work
 from lockfree.server.cluster.faults import Schedule
@@ -177,7 +178,12 @@ class _Crew:
         self._seats: dict[int, _Seat] = {}
         self._left_out: set[int] = set()
         self._snapshot = 0  # number of the last one in the trace
-        self._stop, self._watch = job.stop, job.watch
+        self._stop, self._watch, self._updates = job.stop, job.watch, job.updates
+        self._shown = -1  # version that was looked at last
+        self._version, self._views = (
+            0,
+            dict[int, tuple[Any, Any]](),
+        )  # what pushes have led to so far, and what is yet to be looked at
         self.keep_server = engine.detached  # whatever becomes of this process
         job = dataclasses.replace(job, folder=None if job.folder is None else job.folder.absolute(), stop=_never, watch=None)
         self._job = self._sent(dataclasses.replace(job, state=None))
@@ -203,11 +209,13 @@ class _Crew:
             if self._stop():
                 self._write_checkpoint()
                 raise KeyboardInterrupt
-        self._show()
         weights, buffers = self._ask("outcome")
+        self._show()
+        if self._watch is not None and self._shown < self._updates:
+            self._watch(self._updates, _tensors(weights), _tensors(buffers))
         self._ray.wait(self._working, num_returns=len(self._seats), timeout=1.0)  # they have been told
         self.keep_server = False
-        return Outcome(unpack(weights, own=True), unpack(buffers, own=True))  # pyrefly: ignore[bad-argument-type]
+        return Outcome(_tensors(weights), _tensors(buffers))
 
     def dismiss(self) -> None:
         """Ends all processes of the run."""
@@ -346,20 +354,31 @@ class _Crew:
             seat = self._seats.get(line.get("worker", -1))
             if seat is not None and line["kind"] == "push":
                 seat.deaths = 0
+            if line.get("outcome") == "applied":
+                self._version = max(self._version, line["version"])
         self._read += len(text)
         return over
 
     def _show(self) -> None:
         """Lets somebody look at the weights, once the pushes that led to them are known."""
-        if self._watch is not None:
-            for version, weights, buffers in self._ask("views"):
-                self._watch(version, unpack(weights, own=True), unpack(buffers, own=True))  # pyrefly: ignore[bad-argument-type]
+        if self._watch is None:
+            return
+        self._views |= {version: (weights, buffers) for version, weights, buffers in self._ask("views")}
+        for version in sorted(version for version in self._views if version <= self._version):
+            weights, buffers = self._views.pop(version)
+            self._shown = version
+            self._watch(version, _tensors(weights), _tensors(buffers))
 
     def _write_checkpoint(self) -> None:
         """Has a checkpoint written, and takes down what has led to it."""
         number = self._ask("checkpoint")
         while self._snapshot < number:
             self._take_down(self._server.trace.remote(self._read))
+
+
+def _tensors(parcels: Any) -> list[Tensor]:
+    """Returns tensors in memory of their own."""
+    return [tensor for tensor in unpack(parcels, own=True) if tensor is not None]
 
 
 def _never() -> bool:
