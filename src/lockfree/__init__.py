@@ -6,8 +6,9 @@
 from lockfree import data, hsic, models, probes, rules, server, staleness, synthesisers
 from lockfree.advise import Advice, advise
 from lockfree.chain import Block, Chain
+from lockfree.convert import convert
 from lockfree.cut import CannotCutError
-from lockfree.learner import Learner, StepResult, convert
+from lockfree.learner import Learner, StepResult
 from lockfree.link import Link
 from lockfree.objective import Diverged
 from lockfree.rule import Card, Clock, Context, Needs, Pace, Place, Rule, Site, Trained

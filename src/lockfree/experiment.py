@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from lockfree import many_workers, models, rules
 from lockfree.choose import choose, unknown
+from lockfree.convert import convert
 from lockfree.data import Dataset, TensorLoader, data_root, load
-from lockfree.learner import Learner, convert
+from lockfree.learner import Learner
 from lockfree.link import Link
 from lockfree.probes import PROBES, Probe
 from lockfree.processes import first

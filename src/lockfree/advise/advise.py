@@ -15,7 +15,7 @@ from lockfree.advise.option import Option
 from lockfree.advise.survey import Cuts, Progress, Survey
 from lockfree.advise.task import Candidate, Samples, Task, evaluate, is_exact, label
 from lockfree.advise.training import Plan, groups, plan, train
-from lockfree.learner import OptimizerFactory
+from lockfree.convert import OptimizerFactory
 from lockfree.objective import Loss
 from lockfree.rng import get_rng, set_rng
 from lockfree.rule import Needs, Place, Rule

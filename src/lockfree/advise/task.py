@@ -14,7 +14,8 @@ from jaxtyping import Float64, Int64
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lockfree.learner import Learner, OptimizerFactory, convert
+from lockfree.convert import OptimizerFactory, convert
+from lockfree.learner import Learner
 from lockfree.objective import Diverged, Loss, Objective, describe
 from lockfree.rng import seed_of, undisturbed
 from lockfree.rule import Rule

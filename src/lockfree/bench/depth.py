@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lockfree.bench.step import machine
 from lockfree.bench.timing import interleaved, ratio
-from lockfree.learner import OptimizerFactory, convert
+from lockfree.convert import OptimizerFactory, convert
 from lockfree.rules import SyntheticGradients
 
 _BLOCKS, _CLASSES = 32, 10

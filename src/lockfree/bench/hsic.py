@@ -13,8 +13,8 @@ from lockfree import models
 from lockfree.bench.hsic_as_published import published_step
 from lockfree.bench.step import batches, machine
 from lockfree.bench.timing import interleaved, ratio
+from lockfree.convert import convert
 from lockfree.hsic import Gaussian, NormalisedHSIC
-from lockfree.learner import convert
 from lockfree.memory import ActivationMeter
 from lockfree.precision import exact_products
 from lockfree.rules import HSICBottleneck

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from lockfree.bench.step import STEP_OPTIMIZERS, machine
 from lockfree.bench.timing import interleaved, ratio
-from lockfree.learner import Learner, convert
+from lockfree.convert import convert
+from lockfree.learner import Learner
 from lockfree.memory import ActivationMeter
 
 LOCAL = ("pred", "predsim", "mono", "dgl", "auglocal", "infopro", "drtp", "hsic")

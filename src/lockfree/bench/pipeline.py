@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from lockfree.bench.step import machine
 from lockfree.bench.timing import ratio
-from lockfree.learner import Learner, convert
+from lockfree.convert import convert
+from lockfree.learner import Learner
 from lockfree.processes import begin_worker
 from lockfree.rule import Rule
 from lockfree.rules import SyntheticGradients, get

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from lockfree import models
 from lockfree.bench.timing import interleaved, ratio
+from lockfree.convert import OptimizerFactory, convert
 from lockfree.experiment import OPTIMIZERS
-from lockfree.learner import OptimizerFactory, convert
 from lockfree.rule import Rule
 from lockfree.rules import RULES
 

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lockfree import models, rules
+from lockfree.convert import convert
 from lockfree.data import Dataset, Split, TensorLoader
 from lockfree.experiment import load_once
-from lockfree.learner import Learner, convert
+from lockfree.learner import Learner
 from lockfree.objective import Diverged
 from lockfree.readouts import order_on_evaluated
 from lockfree.rng import undisturbed

@@ -120,47 +120,57 @@ def _pieces(
             yield _Piece(a, b, c, d, other)
 
 
+class _Room:
+    """Memory for what is worked out of a piece, made once: to ask the system for it takes longer than to fill it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._whole = [like.new_empty(PIECE) for _ in range(3)]
+        self._parts = {PIECE: self._whole}
+
+    def of(self, size: int) -> list[Tensor]:
+        """Returns three stretches of a length."""
+        if size not in self._parts:
+            self._parts[size] = [one[:size] for one in self._whole]
+        return self._parts[size]
+
+
 def _pass(
     pieces: Sequence[_Piece], correction: DelayCompensation, rate: float, strength: float, *, measure: bool
 ) -> tuple[float, float, float]:
     """Takes the step with the whole term; returns the norms of the gradient, of the term without its strength, and of the gap."""
     length = excess = gap = 0.0
-    for piece in pieces:
-        g = piece.g
-        square = g * g
+    kept, rooms = 1 - correction.decay, dict[torch.dtype, _Room]()
+    for g, now, then, made, mean_square in pieces:
+        if g.dtype not in rooms:
+            rooms[g.dtype] = _Room(g)
+        square, term, root = rooms[g.dtype].of(g.numel())
+        torch.mul(g, g, out=square)
         length += (size := torch.dot(g, g).item())
         if not math.isfinite(size):
             square.nan_to_num_(nan=0.0, posinf=0.0)
-        if piece.mean_square is not None:
-            piece.mean_square.lerp_(square, 1 - correction.decay)
-        term = piece.now - piece.then
+        torch.sub(now, then, out=term)
         if measure:
             gap += torch.dot(term, term).item()
-        _times_curvature(term, square, piece.mean_square, correction)
+        term.mul_(square)
+        if mean_square is not None:
+            mean_square.lerp_(square, kept)
+            term.mul_(torch.add(mean_square, correction.eps, out=root).rsqrt_())
         size = torch.dot(term, term).item()
         if not math.isfinite(size):
             term.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             size = torch.dot(term, term).item()
         excess += size
-        torch.add(piece.now, g, alpha=-rate, out=piece.made)
-        piece.made.add_(term, alpha=-rate * strength)
+        torch.add(now, g, alpha=-rate, out=made)
+        made.add_(term, alpha=-rate * strength)
     return math.sqrt(length), math.sqrt(excess), math.sqrt(gap)
-
-
-def _times_curvature(term: Tensor, square: Tensor, mean_square: Tensor | None, correction: DelayCompensation) -> None:
-    """Turns a difference of weights into the term, without its strength."""
-    if mean_square is None:
-        term.mul_(square)
-    else:
-        term.mul_((mean_square + correction.eps).rsqrt_()).mul_(square)
 
 
 def _shorten(pieces: Sequence[_Piece], correction: DelayCompensation, rate: float, strength: float) -> None:
     """Takes the step again, with a shorter term."""
-    for piece in pieces:
-        square = (piece.g * piece.g).nan_to_num_(nan=0.0, posinf=0.0)
-        term = piece.now - piece.then
-        _times_curvature(term, square, piece.mean_square, correction)
+    for g, now, then, made, mean_square in pieces:
+        term = (now - then).mul_((g * g).nan_to_num_(nan=0.0, posinf=0.0))
+        if mean_square is not None:
+            term.mul_((mean_square + correction.eps).rsqrt_())
         term.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        torch.add(piece.now, piece.g, alpha=-rate, out=piece.made)
-        piece.made.add_(term, alpha=-rate * strength)
+        torch.add(now, g, alpha=-rate, out=made)
+        made.add_(term, alpha=-rate * strength)

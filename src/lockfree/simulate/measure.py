@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lockfree.convert import OptimizerFactory, convert
 from lockfree.executors import Stopwatch
-from lockfree.learner import OptimizerFactory, convert
 from lockfree.memory import ActivationMeter
 from lockfree.objective import Loss
 from lockfree.rng import undisturbed
