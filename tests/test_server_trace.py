@@ -10,7 +10,7 @@ from torch import nn
 
 import lockfree as lf
 from lockfree.server import Failure, Gamma, Point, Recorder, ServerFailure, Simulator, Straggler, read, replay
-from lockfree.staleness import ASP, BSP, SSP, DelayCompensation, DropStale, GapAware, NoCorrection
+from lockfree.staleness import ASP, BSP, SSP, DelayCompensation, DropStale, GapAware, NoCorrection, WeightPrediction
 
 SPEEDS = Gamma(shape=2)
 SETTINGS = {
@@ -18,6 +18,7 @@ SETTINGS = {
     "asp": {"correction": DelayCompensation(), "memory_per_worker": True},
     "ssp": {"consistency": SSP(1), "correction": GapAware(), "optimizer": adam, "clip": 0.5},
     "drop": {"correction": DropStale(bound=3)},
+    "predict": {"correction": WeightPrediction(), "optimizer": adam},
     "schedule": {"schedule": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=3)},
     "fallback": {"correction": DelayCompensation(strength=1e6), "patience": 3, "every": 1},
     "failures": {

@@ -24,7 +24,7 @@ class Link:
         correction: Repairs the late gradient of the block below, before it is stepped.
 
     Raises:
-        ValueError: If the delay is negative or not a whole number.
+        ValueError: If the delay is negative or not a whole number, or the correction looks ahead.
         TypeError: If the correction is none.
 
     Example:
@@ -43,6 +43,10 @@ class Link:
             raise ValueError(f"a link's delay is a whole number of ticks, 0 or more, got {delay!r}")
         if correction is not None and not isinstance(correction, Correction):
             raise TypeError(f"correction must be one of lockfree.staleness, such as DelayCompensation(), got {correction!r}")
+        if correction is not None and correction.looks_ahead:
+            raise ValueError(
+                f"{correction} works where weights are handed out, on a parameter server: give a link another correction"
+            )
         self.delay, self.stash, self.correction = int(delay), bool(stash), correction
         self._up: dict[int, Values] = {}
         self._down: dict[int, Credit | None] = {}

@@ -11,6 +11,7 @@ from lockfree.server.descent import Descent, OptimizerDescent, OptimizerFactory
 from lockfree.server.fused import CompensatedDescent
 from lockfree.server.memories import Memories
 from lockfree.server.messages import Answer, Applied, Dropped, Gone, NotFinite, Pulled, Push, Refused
+from lockfree.server.outlook import Outlook
 from lockfree.server.patience import Patience
 from lockfree.server.roster import Member, Roster
 from lockfree.server.rounds import Mean, Round, mean
@@ -90,7 +91,7 @@ class Server:
         )
         self.descent: Descent = CompensatedDescent.of(general, weights, correction, clip)
         self._roster, self._deck, self._round, self._mean = Roster(), Deck(), Round(), mean
-        self._shapes = Shapes(weights, buffers)
+        self._shapes, self._outlook = Shapes(weights, buffers), Outlook(correction)
         apart = memory_per_worker and not self.consistency.barrier  # behind a barrier an update is everybody's
         self._memories = Memories(self.descent.memory(weights), apart=apart)
         self._patience = Patience(refusals)
@@ -212,7 +213,8 @@ class Server:
             which = {"sequence": member.sequence, "version": member.version, "ticket": member.ticket}
             self._tell("pull", worker=worker, incarnation=incarnation, **which)
         assert member.ticket is not None
-        weights, buffers = self._versions.weights(member.version), self._versions.buffers(member.version)
+        weights = self._outlook.of(worker, self._versions.weights(member.version))
+        buffers = self._versions.buffers(member.version)
         return Pulled(worker, incarnation, member.sequence, member.version, member.ticket, weights, buffers)
 
     def push(self, push: Push) -> Answer:
@@ -245,6 +247,8 @@ class Server:
             raise
         self._patience.renew(push.ticket)
         answer = self._gather(push) if self.consistency.barrier else self._take(push)
+        self._outlook.learn(push.worker, answer.delay)
+        self._outlook.forget(push.worker)
         member.version = member.ticket = None
         member.answered, member.answer = push.sequence, answer
         if self._note is not None:
@@ -264,7 +268,8 @@ class Server:
 
     def _take(self, push: Push) -> Answer:
         """Makes an update of one gradient."""
-        return self._update(push.gradients, push.buffers, self._late(push.version), self._memories.of(push.worker))
+        late = self._late(push.worker, push.version)
+        return self._update(push.gradients, push.buffers, late, self._memories.of(push.worker))
 
     def _gather(self, push: Push) -> Answer:
         """Puts a gradient to those of the round."""
@@ -272,9 +277,9 @@ class Server:
         self._versions.let_go(push.version)
         return Applied(self.version + 1, 0)
 
-    def _late(self, read: int) -> Late:
+    def _late(self, worker: int, read: int) -> Late:
         """Lets go of a version, whose memory stays as it is until the next version is written."""
-        late = Late(read, self.version, self._versions.weights(read), self.weights)
+        late = Late(read, self.version, self._outlook.of(worker, self._versions.weights(read)), self.weights)
         self._versions.let_go(read)
         return late
 
@@ -283,10 +288,12 @@ class Server:
     ) -> Answer:
         measure = self._pushes % self._every == 0
         self._pushes += 1
+        before = self._outlook.before(self.weights)
         effect = self.descent.apply(gradients, late, memory, self._versions.room, measure=measure)
         if effect.weights is None:
             return Dropped(self.version, late.delay)
         self._versions.advance(effect.weights, buffers)
+        self._outlook.after(before, self.weights)
         if effect.fell_back:
             self._tell("fallback", version=self.version)
         return Applied(self.version, late.delay, effect.gap, effect.ratio)
@@ -314,12 +321,14 @@ class Server:
             self._deck.put_back(member.ticket)
         if member.version is not None:
             self._versions.let_go(member.version)
+        self._outlook.forget(worker)
         member.version = member.ticket = None
         self._roster.leave(worker)
 
     def _set_back(self, push: Push, member: Member, refusal: NotFinite) -> None:
         """Gives a worker its place back whose values were not finite, unless that has happened too often."""
         self._versions.let_go(push.version)
+        self._outlook.forget(push.worker)
         member.version = None
         if not self.consistency.barrier:  # behind a barrier the batch remains this worker's
             self._deck.put_back(push.ticket)
@@ -358,6 +367,7 @@ class Server:
             "number": self._snapshots,
             "versions": self._versions.state_dict(),
             "descent": self.descent.state_dict(),
+            "outlook": self._outlook.state_dict(),
             "roster": self._roster.state_dict(),
             "deck": self._deck.state_dict(),
             "round": self._round.state_dict(),
@@ -380,6 +390,7 @@ class Server:
         self._memories.load_state_dict(state["memories"])
         self._versions.load_state_dict(state["versions"])
         self.descent.load_state_dict(state["descent"])
+        self._outlook.load_state_dict(state["outlook"])
         self._roster.load_state_dict(state["roster"])
         self._deck.load_state_dict(state["deck"])
         self._round = Round.from_state_dict(state["round"])

@@ -13,6 +13,7 @@ from lockfree.staleness.base import Correction, Late
 from lockfree.staleness.compensation import DelayCompensation, HessianCompensation
 from lockfree.staleness.consistency import ASP, BSP, CONSISTENCIES, SSP, Consistency, consistency_from
 from lockfree.staleness.corrections import AdaDelay, DropStale, GapAware, NoCorrection, ScaleByDelay
+from lockfree.staleness.prediction import WeightPrediction
 
 CORRECTIONS: dict[str, Callable[..., Correction]] = {
     "none": NoCorrection,
@@ -22,6 +23,7 @@ CORRECTIONS: dict[str, Callable[..., Correction]] = {
     "dc-adaptive": DelayCompensation,
     "gap-aware": GapAware,
     "drop": DropStale,
+    "predict": WeightPrediction,
 }
 """Every correction by its command-line name, each made without arguments or with its fields."""
 
@@ -78,6 +80,7 @@ __all__ = [
     "Late",
     "NoCorrection",
     "ScaleByDelay",
+    "WeightPrediction",
     "consistency_from",
     "correction_from",
 ]

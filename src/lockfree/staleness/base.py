@@ -59,6 +59,7 @@ class Correction(ABC):
 
     Attributes:
         wants_weights: Whether `correct` looks at ``late.then``, which somebody must then have kept.
+        looks_ahead: Whether gradients are to be taken at other weights than the present ones, which `ahead` returns.
 
     Example:
         >>> from lockfree.staleness import ScaleByDelay
@@ -68,6 +69,7 @@ class Correction(ABC):
     """
 
     wants_weights: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def memory(self, weights: Sequence[Tensor]) -> dict[str, Any]:
         """Makes what `correct` remembers from gradient to gradient: plain data and tensors, ready for a checkpoint.
@@ -81,6 +83,16 @@ class Correction(ABC):
             An empty dict if there is nothing to remember.
         """
         return {}
+
+    def ahead(self, weights: Sequence[Tensor], step: Sequence[Tensor], *, delay: int) -> list[Tensor]:
+        """Returns the weights that a gradient is to be taken at; the present ones, unless a correction `looks_ahead`.
+
+        Args:
+            weights: The present ones, which are not written to.
+            step: What the last update has added to them.
+            delay: How late the last gradient was of whoever will take it.
+        """
+        return list(weights)
 
     def overshoots(self, ratio: float) -> bool:
         r"""Whether a repair of this size, $\lVert\tilde g - g\rVert / \lVert g\rVert$, says that the repair has gone out of hand.
