@@ -303,16 +303,17 @@ def test_another_cluster_than_the_one_joined_is_an_error(cluster):
 # ---- what surrounds it ---------------------------------------------------------------------------------------------------------
 
 
-def processes():
-    """The processes of Ray on this machine, by their numbers."""
+def processes(folder):
+    """The processes of Ray that a script with this folder for temporary files has started, by their numbers."""
     found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+            mine = f"TMPDIR={folder}".encode() in (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"raylet" in line or b"gcs_server" in line or line.startswith(b"ray::"):
-            found.add(int(folder.name))
+        if mine and (b"raylet" in line or b"gcs_server" in line or line.startswith(b"ray::")):
+            found.add(int(process.name))
     return found
 
 
@@ -343,9 +344,9 @@ def start(tmp_path, loss="pass"):
     )
 
 
-def left(before, seconds=10):
+def left(folder, seconds=10):
     end = time.monotonic() + seconds
-    while (new := processes() - before) and time.monotonic() < end:
+    while (new := processes(folder)) and time.monotonic() < end:
         time.sleep(0.2)
     return new
 
@@ -369,10 +370,9 @@ def addresses_of(pids):
 
 
 def test_control_c_leaves_nothing_behind(tmp_path):
-    before = processes()
     process = start(tmp_path)
     assert process.stdout.readline() == "pushed\n"
-    mine = processes() - before
+    mine = processes(tmp_path)
     listening = addresses_of(mine)
     assert listening
     assert set(listening) <= {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1
@@ -382,17 +382,16 @@ def test_control_c_leaves_nothing_behind(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in errors
-    assert not left(before)
+    assert not left(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
 def test_an_error_leaves_nothing_behind_and_says_what_it_was(tmp_path):
-    before = processes()
     process = start(tmp_path, loss="raise RuntimeError('what a loss')")
     printed, errors = process.communicate(timeout=100)
     assert printed == ""
     assert errors.splitlines()[-2:] == ["RuntimeError: what a loss", "(in worker 0)"] or "what a loss" in errors
-    assert not left(before)
+    assert not left(tmp_path)
 
 
 def test_without_ray_it_says_how_to_install_it():
