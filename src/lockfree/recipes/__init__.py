@@ -7,6 +7,7 @@ from lockfree.recipes.gradient_noise import dni_noise
 from lockfree.recipes.jaderberg2016 import dni_sparse_updates, dni_table1, dni_unlocked
 from lockfree.recipes.ma2019 import hsic_depth, hsic_format, hsic_resnet, hsic_sigma, hsic_unformatted
 from lockfree.recipes.recipe import Recipe
+from lockfree.recipes.rule_trial import RuleTrial
 from lockfree.recipes.run import run
 from lockfree.recipes.trial import Trial
 
@@ -24,4 +25,4 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
 }
 """Every recipe by its command-line name; it takes a budget: smoke, small or full."""
 
-__all__ = ["RECIPES", "Recipe", "Trial", "run"]
+__all__ = ["RECIPES", "Recipe", "RuleTrial", "Trial", "run"]
