@@ -9,7 +9,10 @@ from lockfree.recipes.ma2019 import hsic_depth, hsic_format, hsic_resnet, hsic_s
 from lockfree.recipes.recipe import Recipe
 from lockfree.recipes.rule_trial import RuleTrial
 from lockfree.recipes.run import run
+from lockfree.recipes.server_trial import ServerTrial
+from lockfree.recipes.stragglers import stragglers
 from lockfree.recipes.trial import Trial
+from lockfree.recipes.zheng2017 import dc_asgd_cifar, dc_asgd_sweep
 
 RECIPES: dict[str, Callable[[str], Recipe]] = {
     "dni-table1": dni_table1,
@@ -22,7 +25,10 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "hsic-sigma": hsic_sigma,
     "hsic-resnet": hsic_resnet,
     "hsic-depth": hsic_depth,
+    "dc-asgd-cifar": dc_asgd_cifar,
+    "dc-asgd-sweep": dc_asgd_sweep,
+    "stragglers": stragglers,
 }
 """Every recipe by its command-line name; it takes a budget: smoke, small or full."""
 
-__all__ = ["RECIPES", "Recipe", "RuleTrial", "Trial", "run"]
+__all__ = ["RECIPES", "Recipe", "RuleTrial", "ServerTrial", "Trial", "run"]

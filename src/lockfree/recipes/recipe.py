@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lockfree.recipes.findings import Finding, mean_interval
 from lockfree.recipes.trial import Trial
 from lockfree.run import Run, version
 
@@ -32,6 +33,7 @@ class Recipe:
         paper: Test error in per cent that the paper gives, where there is one.
         source: Where those numbers come from.
         paper_note: What sets the paper's runs apart, in a few words for the plot.
+        findings: What follows from several entries.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Recipe:
     paper: Mapping[Key, float] = field(default_factory=dict)
     source: str = ""
     paper_note: str = ""
+    findings: Sequence[Finding] = ()
 
     def __post_init__(self) -> None:
         names = [trial.name for trial in self.trials]
@@ -83,6 +86,7 @@ class Recipe:
                     "test_error": errors,
                     "mean": statistics.fmean(errors) if errors else None,
                     "sd": statistics.stdev(errors) if len(errors) > 1 else None,
+                    "interval": mean_interval(errors),
                     "train_error": [one["train_error"] for one in found],
                     "seconds": [one["seconds"] for one in found],
                     "paper": self.paper.get(key),
@@ -98,6 +102,10 @@ class Recipe:
             "torch": torch.__version__,
             "lockfree": version(),
             "entries": entries,
+            "findings": [
+                finding.find([(trial, results[trial.name]) for trial in self.trials if trial.name in results])
+                for finding in self.findings
+            ],
         }
 
     def keys(self) -> list[Key]:
