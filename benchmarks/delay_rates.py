@@ -49,7 +49,7 @@ def sweep() -> list[ServerTrial]:
     """Returns the trials that decide for `dc-asgd-sweep`; panels are method and rate, series λ0."""
     return [
         sweep_trial(
-            method, method, workers, SEED, rate=rate, strength=strength, data="digits", epochs=30, held_out=HELD_OUT
+            method, workers, (rate, strength), panel=method, seed=SEED, data="digits", epochs=30, held_out=HELD_OUT
         )
         for method in METHODS
         for rate in RATES[method]

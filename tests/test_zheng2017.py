@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from lockfree.cli import main
+from lockfree.data import Split
 from lockfree.recipes import RECIPES, ServerTrial
 from lockfree.recipes.findings import Recovery, TimeTo, mean_interval, ratio_interval, rows
+from lockfree.recipes.server_trial import Augmented
 from lockfree.recipes.stragglers import CHOSEN as RATES
 from lockfree.recipes.zheng2017 import CHOSEN, METHODS, SHARED_RATE
 from lockfree.staleness import DelayCompensation, consistency_from
@@ -52,7 +54,7 @@ def test_every_trial_can_be_made_and_all_methods_see_as_many_samples(name, budge
 def test_the_full_comparison_has_the_paper_s_settings():
     recipe = RECIPES["dc-asgd-cifar"]("full")
     for trial in recipe.trials:
-        assert (trial.data, trial.network, trial.samples) == ("cifar10", "resnet20", None)
+        assert (trial.data, trial.network, trial.samples, trial.augment) == ("cifar10", "resnet20", None, True)
         assert (trial.batch_size, trial.epochs, trial.learning_rate, trial.drops) == (128, 160, 0.5, (0.5, 0.75))
     by_method = {trial.series: trial.repair() for trial in recipe.trials}
     assert by_method["DC-c"] == DelayCompensation(adaptive=False, strength=0.04, cap=None)
@@ -132,6 +134,20 @@ def test_a_trial_that_was_stopped_begins_anew_and_comes_out_the_same(tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             TINY.run(tmp_path / "stopped")
     assert bare(TINY.run(tmp_path / "stopped")) == bare(whole)
+
+
+def test_augmented_images_are_moved_and_mirrored_and_a_trial_of_them_comes_out_the_same_again(tmp_path):
+    image = torch.arange(1.0, 13.0).reshape(1, 1, 3, 4)
+    images = Augmented(Split(image, torch.tensor([7])), padding=2)
+    torch.manual_seed(0)
+    drawn = {tuple(images[0][0].flatten().int().tolist()) for _ in range(400)}
+    framed = torch.nn.functional.pad(image[0], (2, 2, 2, 2))
+    crops = [framed[:, y : y + 3, x : x + 4] for y in range(5) for x in range(5)]
+    assert drawn == {tuple(one.flatten().int().tolist()) for crop in crops for one in (crop, crop.flip(2))}
+    assert (len(images), int(images[0][1])) == (1, 7)
+    moved = replace(TINY, augment=True, epochs=1)
+    first, again = (bare(moved.run(tmp_path / name)) for name in "ab")
+    assert first == again != bare(replace(moved, augment=False).run(tmp_path / "c"))
 
 
 def test_a_method_that_breaks_is_a_result(tmp_path):

@@ -47,6 +47,7 @@ class ServerTrial(Trial):
         correction: Command-line name of what repairs late gradients.
         fields: Its hyperparameters.
         memory_per_worker: Whether the correction remembers each worker apart.
+        augment: Whether training images are padded by 4 pixels, cropped and mirrored at random, as is usual for CIFAR-10.
         batch_size: Samples of a worker's batch.
         epochs: How often each training image is seen.
         learning_rate: Of plain SGD.
@@ -63,6 +64,7 @@ class ServerTrial(Trial):
     correction: str = "none"
     fields: dict[str, Any] = field(default_factory=dict)
     memory_per_worker: bool = False
+    augment: bool = False
     batch_size: int = 32
     epochs: int = 1
     learning_rate: float = 0.1
@@ -113,7 +115,7 @@ class ServerTrial(Trial):
         try:
             train(
                 model,
-                tuple(dataset.train),
+                Augmented(dataset.train) if self.augment else tuple(dataset.train),
                 loss=F.cross_entropy,
                 optimizer=lambda weights: torch.optim.SGD(weights, lr=self.learning_rate),
                 schedule=lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(
@@ -152,6 +154,29 @@ class ServerTrial(Trial):
             }  # behind a barrier a version is there with the last push of its round
             result["curve"] = [[ends.get(line["step"], 0.0), line["test_error"]] for line in run.metrics("reading")]
         return result
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Images that are padded by zeros, cropped to their size and mirrored at random, anew each time. A worker seeds what is drawn.
+
+    Args:
+        split: Images and targets.
+        padding: Pixels on each side.
+    """
+
+    def __init__(self, split: Split, *, padding: int = 4) -> None:
+        self._split, self._padding = split, padding
+
+    def __len__(self) -> int:
+        return len(self._split.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, target = self._split.inputs[index], self._split.targets[index]
+        height, width = image.shape[1:]
+        down, right = torch.randint(2 * self._padding + 1, (2,)).tolist()
+        mirrored = torch.rand(()) < 0.5
+        cropped = F.pad(image, [self._padding] * 4)[:, down : down + height, right : right + width]
+        return (cropped.flip(2) if mirrored else cropped), target
 
 
 class _Spy:

@@ -92,5 +92,5 @@ def straggler_trial(panel: str, method: str, seed: int, *, rate: float, **more: 
         rate: Learning rate.
         more: Fields that differ.
     """
-    own = {"data": "digits", "workers": 8, "slower": 5.0, "drops": (), "learning_rate": rate} | METHODS[method]
+    own: dict[str, Any] = {"data": "digits", "workers": 8, "slower": 5.0, "drops": (), "learning_rate": rate} | METHODS[method]
     return ServerTrial(panel=panel, series=method, x=None, seed=seed, **own | more)

@@ -60,7 +60,9 @@ _IMAGES = {
     "full": _Images(
         panel="CIFAR-10, ResNet-20",
         seeds=3,
-        training={"data": "cifar10", "network": "resnet20", "batch_size": 128, "epochs": 160, "learning_rate": 0.5},
+        training={
+            "data": "cifar10", "network": "resnet20", "augment": True, "batch_size": 128, "epochs": 160, "learning_rate": 0.5,
+        },
     ),
 }  # fmt: skip
 
@@ -91,13 +93,7 @@ def dc_asgd_cifar(budget: str) -> Recipe:
     """
     size = choose(_IMAGES, budget, "budget")
     trials = [
-        ServerTrial(
-            panel=size.panel,
-            series=method,
-            x=workers,
-            seed=seed,
-            **{"workers": workers} | METHODS[method] | _PAPER_FIELDS.get(method, {}) | dict(size.training),
-        )
+        trial_of(method, workers, panel=size.panel, seed=seed, **_PAPER_FIELDS.get(method, {}), **size.training)
         for method in ("sequential", "SSGD", "ASGD", "DC-c", "DC-a")
         for workers in ((1,) if method == "sequential" else (4, 8))
         for seed in seeds(size.seeds)
@@ -163,7 +159,7 @@ CHOSEN: dict[str, _Chosen] = {
         "SSGD": {4: (0.4, None), 8: (0.4, None), 16: (0.8, None), 32: (0.4, None)},
         "ASGD": {4: (0.2, None), 8: (0.05, None), 16: (0.05, None), 32: (0.0125, None)},
         "rate / delay": {4: (0.4, None), 8: (0.4, None), 16: (0.8, None), 32: (0.4, None)},
-        "DC-c": {4: (0.2, 10.0), 8: (0.1, 1.0), 16: (0.05, 10.0), 32: (0.1, 1.0)},
+        "DC-c": {4: (0.2, 10.0), 8: (0.1, 1.0), 16: (0.05, 10.0), 32: (0.0125, 1.0)},
         "DC-a": {4: (0.4, 8.0), 8: (0.1, 2.0), 16: (0.1, 32.0), 32: (0.05, 32.0)},
     },
 }
@@ -178,15 +174,12 @@ def dc_asgd_sweep(budget: str) -> Recipe:
     """
     size = choose(_SWEEP, budget, "budget")
     trials = [
-        sweep_trial(
-            panel, method, workers, seed, rate=CHOSEN[panel][method][workers][0], strength=CHOSEN[panel][method][workers][1],
-            **size.training,
-        )
+        sweep_trial(method, workers, CHOSEN[panel][method][workers], panel=panel, seed=seed, **size.training)
         for panel in CHOSEN
         for method in METHODS
         for workers in ((1,) if method == "sequential" else size.workers)
         for seed in seeds(size.seeds)
-    ]  # fmt: skip
+    ]
     return Recipe(
         name="dc-asgd-sweep",
         title="Delay compensation by the number of workers",
@@ -208,20 +201,22 @@ def dc_asgd_sweep(budget: str) -> Recipe:
     )  # fmt: skip
 
 
-def sweep_trial(
-    panel: str, method: str, workers: int, seed: int, *, rate: float, strength: float | None, **more: Any
-) -> ServerTrial:
+def sweep_trial(method: str, workers: int, chosen: tuple[float, float | None], **more: Any) -> ServerTrial:
     """Makes a trial of the sweep.
 
     Args:
-        panel: Its panel.
         method: One of `METHODS`.
         workers: M.
-        seed: Its seed.
-        rate: Learning rate.
-        strength: λ0, if the method has one.
-        more: Fields that differ.
+        chosen: Learning rate, and λ0 if the method has one.
+        more: Other fields.
     """
-    fields = {} if strength is None else {"strength": strength}
-    own = {"workers": workers, "learning_rate": rate, "fields": fields} | METHODS[method]
-    return ServerTrial(panel=panel, series=method, x=workers, seed=seed, **own | more)
+    rate, strength = chosen
+    return trial_of(
+        method, workers, learning_rate=rate, fields={} if strength is None else {"strength": strength}, **more
+    )  # fmt: skip
+
+
+def trial_of(method: str, workers: int, **more: Any) -> ServerTrial:
+    """Makes a trial of a method with so many workers, unless the method says how many, and other fields."""
+    own: dict[str, Any] = {"series": method, "x": workers, "workers": workers} | METHODS[method]
+    return ServerTrial(**own | more)
