@@ -56,7 +56,7 @@ class Recovery(Finding):
     r"""How much of what a baseline loses to a reference a method wins back: $(e_b - e) / (e_b - e_r)$ of mean errors.
 
     The interval is Fieller's: seeds are paired, and both differences are taken to be normal. Where the loss itself is not
-    above 0 at 95 % there is none.
+    above 0 at 95 %, there is no share.
 
     Attributes:
         x: Place on the horizontal axis.
@@ -85,17 +85,12 @@ class Recovery(Finding):
         reference, baseline, own = ([errors[seed] for seed in seeds] for errors in by_series)
         won = [b - e for b, e in zip(baseline, own, strict=True)]
         lost = [b - r for b, r in zip(baseline, reference, strict=True)]
-        loss = statistics.fmean(lost)
-        if loss <= 0:
-            return None
-        low, high = ratio_interval(won, lost) or (None, None)
-        return {
-            "mean": 100 * statistics.fmean(won) / loss,
-            "low": None if low is None else 100 * low,
-            "high": None if high is None else 100 * high,
-            "loss": loss,
-            "seeds": seeds,
-        }
+        loss, share, low, high = statistics.fmean(lost), None, None, None
+        ends = ratio_interval(won, lost)
+        if loss > 0 and (ends is not None or len(seeds) == 1):
+            share = 100 * statistics.fmean(won) / loss
+            low, high = (None, None) if ends is None else (100 * ends[0], 100 * ends[1])
+        return {"mean": share, "low": low, "high": high, "loss": loss, "seeds": seeds}
 
 
 def _errors(found: Found, series: str, x: float | int) -> dict[int, float]:
@@ -144,8 +139,8 @@ def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 def _cell(figure: Mapping[str, Any] | None) -> str:
     if figure is None or figure["mean"] is None:
         return "-"
-    interval = "" if figure["low"] is None else f" ({figure['low']:.0f} to {figure['high']:.0f})"
-    return f"{figure['mean']:.0f}{interval}"
+    interval = "" if figure["low"] is None else f" ({round(figure['low'])} to {round(figure['high'])})"
+    return f"{round(figure['mean'])}{interval}"
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,7 @@ def stragglers(budget: str) -> Recipe:
         "held-out images; who has seen all epochs stays where it is",
         trials=trials,
         x_label="simulated seconds",
+        log_x=True,
         findings=[
             TimeTo(panel=panel, series=list(METHODS), error=error) for panel in CHOSEN for error in size.errors
         ],
