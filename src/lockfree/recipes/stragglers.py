@@ -35,7 +35,7 @@ class _Size:
     training: Mapping[str, Any]
 
 
-_TIMES = (25.0, 50.0, 75.0, 100.0, 150.0, 200.0, 300.0, 400.0, 500.0)
+_TIMES = (25.0, 50.0, 75.0, 100.0, 150.0, 200.0, 300.0, 500.0)
 _SIZES = {
     "smoke": _Size(seeds=2, times=(5.0, 10.0, 20.0), errors=(90.0,), training={"samples": 320, "epochs": 2, "readings": 10}),
     "small": _Size(seeds=5, times=_TIMES, errors=(10.0, 5.0), training={"epochs": 20, "readings": 100}),
