@@ -86,7 +86,7 @@ class Recipe:
                     "test_error": errors,
                     "mean": statistics.fmean(errors) if errors else None,
                     "sd": statistics.stdev(errors) if len(errors) > 1 else None,
-                    "interval": mean_interval(errors),
+                    "interval": list(mean_interval(errors) or ()) or None,
                     "train_error": [one["train_error"] for one in found],
                     "seconds": [one["seconds"] for one in found],
                     "paper": self.paper.get(key),

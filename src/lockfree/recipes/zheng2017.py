@@ -103,7 +103,7 @@ def dc_asgd_cifar(budget: str) -> Recipe:
     training = size.training
     return Recipe(
         name="dc-asgd-cifar",
-        title="Delay compensation on images",
+        title="Delay compensation",
         reference=f"{REFERENCE}, table 1",
         budget=budget,
         scope=f"{size.panel}, {training['epochs']} epochs of batches of {training['batch_size']} a worker, plain SGD at "
@@ -112,7 +112,7 @@ def dc_asgd_cifar(budget: str) -> Recipe:
         x_label="workers",
         paper=paper if budget != "smoke" else {},
         source=SOURCE,
-        paper_note="ResNet-20 on CIFAR-10",
+        findings=[_recovery(size.panel, workers, ("SSGD", "DC-c", "DC-a")) for workers in (4, 8)],
     )
 
 
@@ -192,14 +192,15 @@ def dc_asgd_sweep(budget: str) -> Recipe:
         x_label="workers",
         log_x=True,
         findings=[
-            Recovery(
-                panel=panel, x=workers, reference="sequential", reference_x=1, baseline="ASGD",
-                series=[method for method in METHODS if method not in ("sequential", "ASGD")],
-            )
+            _recovery(panel, workers, [method for method in METHODS if method not in ("sequential", "ASGD")])
             for panel in CHOSEN
             for workers in size.workers
         ],
-    )  # fmt: skip
+    )
+
+
+def _recovery(panel: str, workers: int, series: Sequence[str]) -> Recovery:
+    return Recovery(panel=panel, x=workers, reference="sequential", reference_x=1, baseline="ASGD", series=series)
 
 
 def sweep_trial(method: str, workers: int, chosen: tuple[float, float | None], **more: Any) -> ServerTrial:
