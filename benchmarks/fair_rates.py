@@ -15,8 +15,8 @@ from pathlib import Path
 import lockfree as lf
 from lockfree.recipes import RECIPES
 from lockfree.recipes.recipe import Recipe
+from lockfree.recipes.rule_trial import RuleTrial
 from lockfree.recipes.run import run
-from lockfree.recipes.trial import Trial
 
 RATES = (3e-4, 1e-3, 3e-3)
 HELD_OUT = 10_000
@@ -30,7 +30,7 @@ METHODS = {
 }
 
 
-def shortened(trial: Trial) -> Trial:
+def shortened(trial: RuleTrial) -> RuleTrial:
     """Returns the trial with two epochs of each phase at most, tested on held-out training images."""
     before, after = min(trial.hidden_epochs, 2), min(trial.epochs - trial.hidden_epochs, 2)
     fields = dict(trial.fields)

@@ -14,7 +14,7 @@ from cases import assert_same
 import lockfree as lf
 from lockfree.data import Split
 from lockfree.experiment import load_once
-from lockfree.recipes import RECIPES, Trial
+from lockfree.recipes import RECIPES, RuleTrial
 from lockfree.recipes.trial import as_pixels, held_out
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +100,7 @@ def test_every_trial_freezes_after_its_hidden_epochs_and_shows_the_rest(name, bu
     assert {trial.panel.split(", ")[1] for trial in recipe.trials} == {"paper", "fair"}
 
 
-CURVE = Trial(
+CURVE = RuleTrial(
     panel="digits", series="HSIC", x=None, seed=0, data="digits", samples=300, network="normalised", layers=3, units=16,
     rule="hsic", fields={"balance": 20.0, "format_after": 2 * 5}, epochs=4, hidden_epochs=2, batch_size=64, shuffle=False,
     pixels=True, optimizer="sgd", learning_rate=1e-3, top={"lr": 0.01, "momentum": 0.9}, drops=(),

@@ -16,10 +16,10 @@ import torch
 import lockfree as lf
 from lockfree.cli import main
 from lockfree.experiment import load_once
-from lockfree.recipes import RECIPES, Recipe, Trial, run
+from lockfree.recipes import RECIPES, Recipe, RuleTrial, run
 
 BUDGETS = ("smoke", "small", "full")
-TINY = Trial(
+TINY = RuleTrial(
     panel="digits", series="cdni", x=1, seed=0, data="digits", layers=3, units=16, rule="cdni", steps=30, batch_size=64
 )
 

@@ -13,6 +13,7 @@ from lockfree import recipes
 from lockfree.choose import choose
 from lockfree.console import print_table, trials
 from lockfree.experiment import check_device, load_once
+from lockfree.recipes.findings import rows as finding_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Reproduce:
 
     Args:
         name: Which experiment: dni-table1, dni-sparse-updates, dni-unlocked, dni-noise, sobolev-critics, hsic-unformatted,
-            hsic-format, hsic-sigma, hsic-resnet or hsic-depth.
+            hsic-format, hsic-sigma, hsic-resnet, hsic-depth, dc-asgd-cifar, dc-asgd-sweep or stragglers.
         budget: smoke (a minute), small (tens of minutes on 2 cores) or full (the paper's own).
         out: Folder for results.json, plot.png and the trials; runs/NAME-BUDGET if left out.
         workers: Trials that run at a time, each in one thread; one for each core if left out.
@@ -55,6 +56,8 @@ class Reproduce:
             print(json.dumps(summary | {"out": str(out)}))
             return
         print_table(*recipe.rows(summary))
+        if summary["findings"]:
+            print_table(*finding_rows(summary["findings"]))
         ours = f"test error in per cent, mean ± standard deviation over seeds; {recipe.scope}"
         print(ours + (f"\nin brackets the paper's: {recipe.source}" if recipe.paper else ""))
         print(f"{recipe.reference}\nresults: {out / 'results.json'}, plot: {out / 'plot.png'}")

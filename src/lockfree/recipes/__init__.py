@@ -7,8 +7,12 @@ from lockfree.recipes.gradient_noise import dni_noise
 from lockfree.recipes.jaderberg2016 import dni_sparse_updates, dni_table1, dni_unlocked
 from lockfree.recipes.ma2019 import hsic_depth, hsic_format, hsic_resnet, hsic_sigma, hsic_unformatted
 from lockfree.recipes.recipe import Recipe
+from lockfree.recipes.rule_trial import RuleTrial
 from lockfree.recipes.run import run
+from lockfree.recipes.server_trial import ServerTrial
+from lockfree.recipes.stragglers import stragglers
 from lockfree.recipes.trial import Trial
+from lockfree.recipes.zheng2017 import dc_asgd_cifar, dc_asgd_sweep
 
 RECIPES: dict[str, Callable[[str], Recipe]] = {
     "dni-table1": dni_table1,
@@ -21,7 +25,10 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "hsic-sigma": hsic_sigma,
     "hsic-resnet": hsic_resnet,
     "hsic-depth": hsic_depth,
+    "dc-asgd-cifar": dc_asgd_cifar,
+    "dc-asgd-sweep": dc_asgd_sweep,
+    "stragglers": stragglers,
 }
 """Every recipe by its command-line name; it takes a budget: smoke, small or full."""
 
-__all__ = ["RECIPES", "Recipe", "Trial", "run"]
+__all__ = ["RECIPES", "Recipe", "RuleTrial", "ServerTrial", "Trial", "run"]

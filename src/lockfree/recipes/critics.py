@@ -5,7 +5,7 @@ from typing import Any
 
 from lockfree.choose import choose
 from lockfree.recipes.recipe import Recipe, seeds
-from lockfree.recipes.trial import FROZEN, Trial
+from lockfree.recipes.rule_trial import FROZEN, RuleTrial
 
 _TRAINING: dict[str, Mapping[str, Any]] = {
     "smoke": {"steps": 20, "samples": 2000, "batch_size": 128, "units": 32},
@@ -37,7 +37,7 @@ def sobolev_critics(budget: str) -> Recipe:
     """
     training = choose(_TRAINING, budget, "budget")
     trials = [
-        Trial(panel=panel, series=method, x=4, seed=seed, data=data, layers=4, rule=rule, fields=fields, **training)
+        RuleTrial(panel=panel, series=method, x=4, seed=seed, data=data, layers=4, rule=rule, fields=fields, **training)
         for panel, data in _DATA[budget].items()
         for method, (rule, fields) in _METHODS.items()
         for seed in seeds(1 if budget == "smoke" else 3)

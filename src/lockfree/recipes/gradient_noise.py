@@ -6,7 +6,7 @@ from typing import Any
 
 from lockfree.choose import choose
 from lockfree.recipes.recipe import Recipe, seeds
-from lockfree.recipes.trial import Trial
+from lockfree.recipes.rule_trial import RuleTrial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def dni_noise(budget: str) -> Recipe:
     """
     size = choose(_SIZES, budget, "budget")
     trials = [
-        Trial(
+        RuleTrial(
             panel="MNIST FCN, cDNI",
             series=method,
             x=noise,

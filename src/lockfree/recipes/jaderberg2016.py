@@ -6,7 +6,7 @@ from typing import Any
 
 from lockfree.choose import choose
 from lockfree.recipes.recipe import Key, Recipe, seeds
-from lockfree.recipes.trial import FROZEN, Trial
+from lockfree.recipes.rule_trial import FROZEN, RuleTrial
 
 REFERENCE = (
     "Jaderberg, Czarnecki, Osindero, Vinyals, Graves, Silver, Kavukcuoglu 2016, Decoupled neural interfaces using synthetic "
@@ -133,7 +133,7 @@ def dni_table1(budget: str) -> Recipe:
     """
     parts = choose(_TABLE1, budget, "budget")
     trials = [
-        Trial(
+        RuleTrial(
             panel=panel,
             series=method,
             x=layers,
@@ -223,7 +223,7 @@ def dni_sparse_updates(budget: str) -> Recipe:
     # At 0.05 a block learns from one batch in twenty, so the small budget is longer here.
     training: Mapping[str, Any] = {**size.training, "steps": 4700} if budget == "small" else size.training
     trials = [
-        Trial(
+        RuleTrial(
             panel="MNIST FCN",
             series=method,
             x=probability,
@@ -271,7 +271,7 @@ def dni_unlocked(budget: str) -> Recipe:
         "DNI, unlocked": ("dni", {**hidden, **rate, "synthetic_inputs": True}),
     }
     trials = [
-        Trial(
+        RuleTrial(
             panel="MNIST FCN",
             series=method,
             x=size.layers,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lockfree.choose import choose
 from lockfree.recipes.recipe import Key, Recipe, seeds
-from lockfree.recipes.trial import Trial
+from lockfree.recipes.rule_trial import RuleTrial
 
 REFERENCE = "Ma, Lewis, Kleijn 2019, The HSIC bottleneck: deep learning without back-propagation, arXiv 1908.01580"
 SOURCE = "decoded from the vector curves that the authors published with their code, seed unknown"
@@ -94,18 +94,18 @@ class _Place:
         rates = _FAIR_RATES[self.recipe]
         return paper if self.paper else rates.get(self.data, rates["mnist"])[series]
 
-    def backprop(self, *, rate: float, series: str = "backprop", **more: Any) -> Trial:
+    def backprop(self, *, rate: float, series: str = "backprop", **more: Any) -> RuleTrial:
         """Makes a trial of backpropagation; ``rate`` is the paper's, whose weights decay less than under HSIC."""
         own: dict[str, Any] = {"series": series, "rule": "backprop", "learning_rate": self.rate(rate, series)}
         if self.paper:
             own["weight_decay"] = 1e-5
-        return Trial(**self._common | own | more)
+        return RuleTrial(**self._common | own | more)
 
     def unformatted(
         self, *, rate: float, balance: float, series: str = "HSIC", network_fields: dict[str, Any] | None = None
-    ) -> Trial:
+    ) -> RuleTrial:
         """Makes a trial whose top block has a unit for each class and learns by HSIC, too."""
-        return Trial(
+        return RuleTrial(
             series=series,
             rule="hsic",
             fields={"balance": balance, "sigma": 6.0, "readout": "one-hot"},
@@ -127,9 +127,9 @@ class _Place:
         after: int,
         series: str = "HSIC",
         **more: Any,
-    ) -> Trial:
+    ) -> RuleTrial:
         """Makes a trial of HSIC for so many epochs before, and of a classifier for so many after; an epoch has so many batches."""
-        return Trial(
+        return RuleTrial(
             **self._common
             | {
                 "series": series,
@@ -159,7 +159,7 @@ def _places(recipe: str, size: _Size, **fields: Any) -> Iterator[_Place]:
                 yield _Place(recipe, setting, data, seed, {"samples": size.samples, "epochs": size.epochs, **fields})
 
 
-def _paper_numbers(trials: Sequence[Trial], curves: Mapping[tuple[str, str], tuple[float, float]]) -> dict[Key, float]:
+def _paper_numbers(trials: Sequence[RuleTrial], curves: Mapping[tuple[str, str], tuple[float, float]]) -> dict[Key, float]:
     """Returns test errors by key from accuracies by (data, series) after 1 and 5 epochs, for trials on all images that get so far."""
     epochs = {(one.panel, one.series): one.epochs - one.hidden_epochs for one in trials if one.samples is None}
     return {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lockfree.recipes.findings import Finding, mean_interval
 from lockfree.recipes.trial import Trial
 from lockfree.run import Run, version
 
@@ -32,6 +33,7 @@ class Recipe:
         paper: Test error in per cent that the paper gives, where there is one.
         source: Where those numbers come from.
         paper_note: What sets the paper's runs apart, in a few words for the plot.
+        findings: What follows from several entries.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Recipe:
     paper: Mapping[Key, float] = field(default_factory=dict)
     source: str = ""
     paper_note: str = ""
+    findings: Sequence[Finding] = ()
 
     def __post_init__(self) -> None:
         names = [trial.name for trial in self.trials]
@@ -70,18 +73,20 @@ class Recipe:
         """Gathers the results of the trials, by name, into what is written as JSON."""
         entries = []
         for key in self.keys():
-            found = [results[trial.name] for trial in self._of(key) if trial.name in results]
+            done = [trial for trial in self._of(key) if trial.name in results]
+            found = [results[trial.name] for trial in done]
             panel, x, series = key
-            errors = [one["curve"][int(x) - 1] if "curve" in one else one["test_error"] for one in found]
+            errors = [trial.reading(results[trial.name], x) for trial in done]
             entries.append(
                 {
                     "panel": panel,
                     "x": x,
                     "series": series,
-                    "seeds": [trial.seed for trial in self._of(key) if trial.name in results],
+                    "seeds": [trial.seed for trial in done],
                     "test_error": errors,
                     "mean": statistics.fmean(errors) if errors else None,
                     "sd": statistics.stdev(errors) if len(errors) > 1 else None,
+                    "interval": list(mean_interval(errors) or ()) or None,
                     "train_error": [one["train_error"] for one in found],
                     "seconds": [one["seconds"] for one in found],
                     "paper": self.paper.get(key),
@@ -97,15 +102,19 @@ class Recipe:
             "torch": torch.__version__,
             "lockfree": version(),
             "entries": entries,
+            "findings": [
+                finding.find([(trial, results[trial.name]) for trial in self.trials if trial.name in results])
+                for finding in self.findings
+            ],
         }
 
     def keys(self) -> list[Key]:
         """Lists the entries of the table in the order of the trials."""
-        return list(dict.fromkeys((trial.panel, x, trial.series) for trial in self.trials for x in _places(trial)))
+        return list(dict.fromkeys((trial.panel, x, trial.series) for trial in self.trials for x in trial.places))
 
     def _of(self, key: Key) -> list[Trial]:
         panel, x, series = key
-        return [trial for trial in self.trials if (trial.panel, trial.series) == (panel, series) and x in _places(trial)]
+        return [trial for trial in self.trials if (trial.panel, trial.series) == (panel, series) and x in trial.places]
 
     def rows(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         """Returns header and rows of the table: a row for each panel and x, a column for each method; ours (the paper's)."""
@@ -173,11 +182,6 @@ class Recipe:
         (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.plot(summary, folder / "plot.png")
         return summary
-
-
-def _places(trial: Trial) -> list[float | int]:
-    """Returns where on the horizontal axis a trial has something to show."""
-    return list(range(1, trial.epochs - trial.hidden_epochs + 1)) if trial.x is None else [trial.x]
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:

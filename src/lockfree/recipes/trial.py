@@ -1,89 +1,28 @@
-"""One training run of a recipe."""
+"""One training run of a recipe, whatever trains it."""
 
 import json
-import math
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-from lockfree import models, rules
-from lockfree.convert import convert
-from lockfree.data import Dataset, Split, TensorLoader
-from lockfree.experiment import load_once
-from lockfree.learner import Learner
-from lockfree.objective import Diverged
-from lockfree.readouts import order_on_evaluated
-from lockfree.rng import undisturbed
+from lockfree.data import Dataset, Split
 from lockfree.run import Run
-from lockfree.trainer import Trainer, evaluate
-
-FROZEN = "frozen"
-"""The method that trains the last block alone, by backpropagation: "no backprop" in the literature."""
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "fcn": lambda shape, classes, layers, units: models.mlp(shape, classes, hidden=(units,) * (layers - 1)),
-    "cnn": lambda shape, classes, layers, units: models.pooled_cnn(shape, classes, channels=(units,) * (layers - 1)),
-    "normalised": lambda shape, classes, layers, units, last=None, **more: models.normalised_mlp(
-        shape, classes, hidden=_widths(layers, units, last), **more
-    ),
-    "residual": lambda shape, classes, layers, units, **more: models.single_resnet(
-        shape, classes, channels=units, depth=layers - 3, **more
-    ),
-    "side-by-side": lambda shape, classes, layers, units, last=None, **more: models.side_by_side(
-        shape, classes, hidden=_widths(layers, units, last), **more
-    ),
-}
-"""Networks of any depth by name: so many layers, the classifier among them, the others ``units`` wide."""
-
-
-def _widths(layers: int, units: int, last: int | None) -> tuple[int, ...]:
-    """Returns the widths of all layers but the classifier; the last of them may differ."""
-    return (*(units,) * (layers - 2), units if last is None else last)
-
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": lambda groups, **options: torch.optim.Adam(groups, fused=True, **options),
-    "sgd": torch.optim.SGD,
-}
-"""Optimizers by name; sgd is without momentum, unless told."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Trial(ABC):
     """What one run trains on, by what, and for how long; equal trials give equal numbers.
 
     Attributes:
         panel: Part of the recipe's table and plot that it belongs to.
         series: Method, as the table calls it.
-        x: Place on the horizontal axis: a depth, a probability, ...; ``None``: a test error after each epoch, against epochs.
-        seed: Decides initial weights, the order of the data, and what the rule draws.
+        x: Place on the horizontal axis; ``None``: it has something to show at several.
+        seed: Decides whatever is drawn at random.
         data: Data set.
         samples: Training images to use, from the first; ``None`` for all.
         held_out: Training images, the last, that are kept back and tested on in place of the test set; for choosing settings.
-        network: One of `NETWORKS`.
-        network_fields: What it is told besides.
-        layers: Blocks, the classifier among them, 2 or more.
-        units: Width of all but the classifier.
-        rule: Command-line name of the rule, or "frozen".
-        fields: Its hyperparameters.
-        steps: Batches to learn from; rounded up to whole epochs.
-        epochs: Passes over the training images, in place of steps.
-        hidden_epochs: How many of them come before the first that is shown.
-        batch_size: Samples in a batch.
-        shuffle: Whether each epoch has an order of its own.
-        pixels: Whether images are taken as they are, 0 to 1, not standardised.
-        optimizer: One of `OPTIMIZERS`.
-        learning_rate: Of the optimizer.
-        weight_decay: Of the optimizer.
-        top: Options of the optimizer, such as lr, that differ for the last block.
-        order_on_evaluated: Read classes out in the HSIC paper's way: on the evaluated images themselves, with their labels.
-        drops: Parts of the training, 0 to 1, after which the learning rates are divided by ten.
     """
 
     panel: str
@@ -93,24 +32,6 @@ class Trial:
     data: str
     samples: int | None = None
     held_out: int = 0
-    network: str = "fcn"
-    network_fields: dict[str, Any] = field(default_factory=dict)
-    layers: int
-    units: int
-    rule: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    steps: int = 0
-    epochs: int = 0
-    hidden_epochs: int = 0
-    batch_size: int = 256
-    shuffle: bool = True
-    pixels: bool = False
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    top: dict[str, Any] = field(default_factory=dict)
-    order_on_evaluated: bool = False
-    drops: tuple[float, ...] = (0.6, 0.8)
 
     @property
     def name(self) -> str:
@@ -119,37 +40,33 @@ class Trial:
         words = f"{self.panel} {self.series}{place} seed {self.seed}".lower()
         return "".join(c if c.isalnum() or c in ".-" else "-" for c in words)
 
-    def learner(self, dataset: Dataset) -> Learner:
-        """Makes network and learner."""
-        torch.manual_seed(self.seed)
-        shape, classes = dataset.input_shape, len(dataset.classes)
-        network = NETWORKS[self.network](shape, classes, self.layers, self.units, **self.network_fields)
-        network.to(dataset.train.inputs.device)
-        frozen = self.rule == FROZEN
-        *below, top = network.children()
-        for block in below if frozen else ():
-            block.requires_grad_(False)
-        return convert(
-            network,
-            rules.get("backprop" if frozen else self.rule, **self.fields),
-            loss=F.cross_entropy,
-            optimizer=lambda parameters: self._optimizer(parameters, list(top.parameters())),
-            example_input=dataset.train.inputs[:2],
-        )
+    @property
+    @abstractmethod
+    def places(self) -> Sequence[float | int]:
+        """Where on the horizontal axis it has something to show."""
 
-    def _optimizer(self, parameters: list[nn.Parameter], top: list[nn.Parameter]) -> torch.optim.Optimizer:
-        above = {id(parameter) for parameter in top} if self.top else set()
-        groups = [
-            {"params": [parameter for parameter in parameters if (id(parameter) in above) == last], **options}
-            for last, options in ((False, {}), (True, self.top))
-        ]
-        groups = [group for group in groups if group["params"]]
-        return OPTIMIZERS[self.optimizer](groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+    @abstractmethod
+    def reading(self, result: Mapping[str, Any], place: float | int) -> float:
+        """Returns the test error in per cent that a result holds for one of the `places`."""
+
+    @abstractmethod
+    def train(self, run: Run, device: str, *, resume: bool) -> dict[str, Any]:
+        """Trains.
+
+        Args:
+            run: Its run folder.
+            device: Where to train.
+            resume: Whether the folder is that of a run that was stopped.
+
+        Returns:
+            JSON values: at least ``test_error`` and ``train_error`` in per cent, and ``seconds``.
+
+        Raises:
+            KeyboardInterrupt: If it was stopped; the same call may follow.
+        """
 
     def run(self, folder: Path, device: str = "cpu") -> dict[str, Any]:
-        """Trains, or goes on from the last checkpoint in the folder, and returns errors in per cent and seconds.
-
-        Training that breaks with a value that is not finite counts with the weights that it broke at.
+        """Trains, unless that has been done, and returns what came out.
 
         Args:
             folder: Run folder of the trial.
@@ -168,49 +85,14 @@ class Trial:
                 )
         if run.result is not None:
             return run.result
-        dataset = load_once(self.data, device)
-        if self.pixels:
-            dataset = as_pixels(dataset)
-        if self.held_out:
-            dataset = held_out(dataset, self.held_out)
-        train = Split(*(part[: self.samples] for part in dataset.train))
-        loader = TensorLoader(*train, batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed)
-        epochs = self.epochs or max(1, math.ceil(self.steps / len(loader)))
-        learner = self.learner(dataset)
-        optimizers = [one for one in (learner.optimizer, learner.auxiliary_optimizer) if one is not None]
-        milestones = [round(part * epochs) for part in self.drops]
-        schedulers = [torch.optim.lr_scheduler.MultiStepLR(one, milestones, gamma=0.1) for one in optimizers]
-
-        def read(kind: str, values: dict[str, Any]) -> None:
-            if kind == "epoch":
-                run.log("reading", epoch=values["epoch"], step=values["step"], test_error=self._error(learner, dataset.test))
-
-        sinks = [read] if self.x is None else []
-        trainer = Trainer(learner, run=run, resume=resume, scheduler=schedulers, log_every=100, sinks=sinks)
-        started, diverged = time.perf_counter(), None
-        try:
-            seconds = trainer.fit(loader, epochs=epochs).seconds
-        except Diverged as error:  # a result like others: this method does not train this network at this rate
-            seconds, diverged = time.perf_counter() - started, str(error)
-        seen = Split(*(part[:10_000] for part in train))
-        errors: dict[str, Any] = {"test_error": self._error(learner, dataset.test), "train_error": self._error(learner, seen)}
-        if self.x is None:
-            readings = [line["test_error"] for line in run.metrics() if line["kind"] == "reading"]
-            readings += [errors["test_error"]] * (epochs - len(readings))
-            errors["curve"] = readings[self.hidden_epochs :]
-        result = {**errors, "steps": learner.steps, "seconds": seconds, "locks": sorted(learner.locks), "diverged": diverged}
+        result = self.train(run, device, resume=resume)
         run.finish(result)
         return result
 
-    def _error(self, learner: Learner, split: Split) -> float:
-        """Returns the error in per cent."""
-        if not self.order_on_evaluated:
-            accuracy = evaluate(learner, TensorLoader(*split, batch_size=1000, shuffle=False)).accuracy
-            return 100 * (1 - (accuracy or 0))
-        with undisturbed(learner.model), torch.no_grad():  # in training mode, as theirs
-            outputs = torch.cat([learner.model(x) for x in split.inputs.split(self.batch_size)]).flatten(1)
-        order = order_on_evaluated(outputs, split.targets, int(split.targets.max()) + 1)
-        return 100 * (1 - (outputs[:, order].argmax(1) == split.targets).double().mean().item())
+    def part(self, dataset: Dataset) -> Dataset:
+        """Returns the part of a data set that it is trained and tested on."""
+        dataset = held_out(dataset, self.held_out) if self.held_out else dataset
+        return replace(dataset, train=Split(*(part[: self.samples] for part in dataset.train)))
 
 
 def as_pixels(dataset: Dataset) -> Dataset:

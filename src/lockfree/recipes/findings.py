@@ -1,0 +1,194 @@
+"""What follows from several entries of a recipe's table, with an interval over seeds."""
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockfree.recipes.trial import Trial
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
+
+Found = Sequence[tuple[Trial, Mapping[str, Any]]]
+"""Trials that are done, and what came out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding(ABC):
+    """A figure for each of several methods.
+
+    Attributes:
+        panel: Part of the recipe's table that it is about.
+        series: The methods.
+    """
+
+    panel: str
+    series: Sequence[str]
+
+    @property
+    @abstractmethod
+    def what(self) -> str:
+        """What the figure is, in words, with its unit."""
+
+    @abstractmethod
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's figure: ``mean``, ``low`` and ``high`` of a 95 % interval (``None``: there is none), and more.
+
+        Args:
+            found: The trials of the panel.
+            series: The method.
+
+        Returns:
+            ``None`` if nothing can be said.
+        """
+
+    def find(self, found: Found) -> dict[str, Any]:
+        """Returns all figures as JSON values."""
+        here = [(trial, result) for trial, result in found if trial.panel == self.panel]
+        return {"panel": self.panel, "what": self.what, "figures": {one: self.figure(here, one) for one in self.series}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery(Finding):
+    r"""How much of what a baseline loses to a reference a method wins back: $(e_b - e) / (e_b - e_r)$ of mean errors.
+
+    The interval is Fieller's: seeds are paired, and both differences are taken to be normal. Where the loss itself is not
+    above 0 at 95 %, there is no share.
+
+    Attributes:
+        x: Place on the horizontal axis.
+        reference: The method with error e_r.
+        reference_x: Its place.
+        baseline: The method with error e_b.
+    """
+
+    x: float | int
+    reference: str
+    reference_x: float | int
+    baseline: str
+
+    @property
+    def what(self) -> str:
+        """What the figure is."""
+        return f"{self.x:g}: recovered of what {self.baseline} loses to {self.reference}, %"
+
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's share in per cent."""
+        places = {self.reference: self.reference_x}
+        by_series = [_errors(found, one, places.get(one, self.x)) for one in (self.reference, self.baseline, series)]
+        seeds = sorted(set.intersection(*(set(errors) for errors in by_series)))
+        if not seeds:
+            return None
+        reference, baseline, own = ([errors[seed] for seed in seeds] for errors in by_series)
+        won = [b - e for b, e in zip(baseline, own, strict=True)]
+        lost = [b - r for b, r in zip(baseline, reference, strict=True)]
+        loss, share, low, high = statistics.fmean(lost), None, None, None
+        ends = ratio_interval(won, lost)
+        if loss > 0 and (ends is not None or len(seeds) == 1):
+            share = 100 * statistics.fmean(won) / loss
+            low, high = (None, None) if ends is None else (100 * ends[0], 100 * ends[1])
+        return {"mean": share, "low": low, "high": high, "loss": loss, "seeds": seeds}
+
+
+def _errors(found: Found, series: str, x: float | int) -> dict[int, float]:
+    return {trial.seed: trial.reading(result, x) for trial, result in found if trial.series == series and x in trial.places}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeTo(Finding):
+    """Simulated seconds until the test error is first at or below a level; no figure where a seed does not get there.
+
+    Attributes:
+        error: The level in per cent.
+    """
+
+    error: float
+
+    @property
+    def what(self) -> str:
+        """What the figure is."""
+        return f"simulated seconds to {self.error:g} % error"
+
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's time."""
+        curves = [(trial.seed, result["curve"]) for trial, result in found if trial.series == series]
+        times = [next((when for when, error in curve if error <= self.error), None) for _, curve in curves]
+        reached = [when for when in times if when is not None]
+        if not reached or len(reached) < len(times):
+            return {"mean": None, "low": None, "high": None, "values": times, "seeds": [seed for seed, _ in curves]}
+        low, high = mean_interval(reached) or (None, None)
+        return {
+            "mean": statistics.fmean(reached),
+            "low": low,
+            "high": high,
+            "values": times,
+            "seeds": [seed for seed, _ in curves],
+        }
+
+
+def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the table of findings: a column for each method, mean (from to)."""
+    series = list(dict.fromkeys(one for finding in findings for one in finding["figures"]))
+    body = [[one["panel"], one["what"], *(_cell(one["figures"].get(name)) for name in series)] for one in findings]
+    return ["", "", *series], body
+
+
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    if figure is None or figure["mean"] is None:
+        return "-"
+    interval = "" if figure["low"] is None else f" ({round(figure['low'])} to {round(figure['high'])})"
+    return f"{round(figure['mean'])}{interval}"
+
+
+# ---- intervals ----------------------------------------------------------------------------------------------------------------
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Returns the 95 % interval of the mean by Student's t, if there are two values at least.
+
+    Example:
+        >>> [round(end, 2) for end in mean_interval([1.0, 2.0, 3.0])]
+        [-0.48, 4.48]
+    """
+    if len(values) < 2:
+        return None
+    half = _quantile(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval | None:
+    r"""Returns Fieller's 95 % interval of a ratio of means of paired values.
+
+    All $\rho$ at which the mean of $a - \rho b$ is not told from 0 by Student's t:
+    $(\bar a - \rho\bar b)^2 \le t^2 (s_a^2 - 2\rho s_{ab} + \rho^2 s_b^2) / n$.
+
+    Returns:
+        ``None`` if the values are fewer than two, or the denominator is not told from 0.
+
+    Example:
+        >>> [round(end, 2) for end in ratio_interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])]
+        [0.5, 0.5]
+    """
+    n = len(above)
+    if n < 2:
+        return None
+    scale = _quantile(n) ** 2 / n
+    a, b = statistics.fmean(above), statistics.fmean(below)
+    square = b * b - scale * statistics.variance(below)
+    middle = a * b - scale * statistics.covariance(above, below)
+    rest = a * a - scale * statistics.variance(above)
+    if square <= 0:
+        return None
+    root = math.sqrt(max(middle * middle - square * rest, 0.0))
+    return (middle - root) / square, (middle + root) / square
+
+
+def _quantile(count: int) -> float:
+    """Returns the 97.5 % quantile of Student's t for so many values."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, count - 1))
