@@ -98,9 +98,10 @@ def test_model_flags_gradients_and_random_generators_are_left_as_they_were():
 
 
 def test_an_error_leaves_the_random_generators_as_they_were():
+    model = network()
     random = torch.get_rng_state()
     with pytest.raises(ValueError, match="no module is named"):
-        ask(blocks=["1", "nonsense"])
+        ask(model, *data(), blocks=["1", "nonsense"])
     assert torch.equal(torch.get_rng_state(), random)
 
 

@@ -141,6 +141,7 @@ def test_a_death_anywhere_changes_no_weight(tmp_path, place):
 
 def test_a_journal_that_grows_too_large_makes_a_snapshot(tmp_path, monkeypatch):
     monkeypatch.setattr("lockfree.server.cluster.keeper._AT_LEAST", 0)
+    monkeypatch.setattr("lockfree.server.cluster.keeper._TIMES_A_SNAPSHOT", 1)
     run = Run(job(), tmp_path, seed=0).go()
     assert sum(line["kind"] == "snapshot" for line in lines(run.keeper)) >= 3
     assert sorted(path.name.split("-")[0] for path in (tmp_path / "state").iterdir()) == ["journal", "snapshot", "trace.jsonl"]

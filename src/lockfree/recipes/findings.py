@@ -170,7 +170,7 @@ def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval |
         ``None`` if the values are fewer than two, or the denominator is not told from 0.
 
     Example:
-        >>> [round(end, 2) for end in ratio_interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])]
+        >>> [round(end, 2) for end in ratio_interval([1.0, 1.1, 0.9, 1.0], [2.0, 2.2, 1.8, 2.0])]
         [0.5, 0.5]
     """
     n = len(above)

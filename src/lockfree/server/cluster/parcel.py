@@ -108,7 +108,9 @@ def _packed(tensor: Tensor) -> Parcel:
 
 
 def _unpacked(parcel: Parcel, own: bool) -> Tensor:
-    if own or parcel.data.ctypes.data % _ALIGNMENT:
+    if (
+        own or not parcel.data.size or parcel.data.ctypes.data % _ALIGNMENT
+    ):  # an empty array has no stride that a tensor may have
         memory = torch.empty(parcel.data.size, dtype=torch.uint8)
         memory.numpy()[:] = parcel.data
     else:
