@@ -59,12 +59,16 @@ class ServerActor:
     What it refuses it returns, for the caller to raise: what it raised would come with a page of text.
 
     Args:
-        job: What is trained; its data are not used.
+        job: What is trained; its data are not used. Or a list with a reference to it, of which Ray does not complain when it is large.
         setting: What else it needs to know.
     """
 
-    def __init__(self, job: Job, setting: Setting) -> None:
+    def __init__(self, job: Job | list[Any], setting: Setting) -> None:
         torch.set_num_threads(setting.threads)
+        if isinstance(job, list):
+            import ray
+
+            job = ray.get(job[0])
         self._job, self._setting = job, setting
         self._gate, self._news = asyncio.Event(), asyncio.Event()
         self._seen: tuple[int, bool] | None = None

@@ -263,7 +263,9 @@ class _Crew:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=here, soft=False)
         if engine.detached:
             options |= {"name": engine.name, "namespace": _NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-        return self._ray.remote(ServerActor).options(**options).remote(job, setting)
+            return self._ray.remote(ServerActor).options(**options).remote(job, setting)  # what this process holds ends with it
+        self._server_job = self._ray.put(job)  # held for as long as the server may have to start again
+        return self._ray.remote(ServerActor).options(**options).remote([self._server_job], setting)
 
     def _check_server(self) -> None:
         theirs = self._ask("header")

@@ -107,7 +107,6 @@ def _alone() -> Iterator[None]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on the loopback: what Ray does on its own where there are no clusters
         "RAY_AUTH_MODE": "token",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",  # what goes wrong is said by who has asked for it
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what can be imported here can be imported there
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns of what it will do some day
     }
