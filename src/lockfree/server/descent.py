@@ -65,8 +65,8 @@ class Descent(ABC):
             gradients: Finite, of the weights' shapes and types; they are not written to.
             late: How late they are, with the weights then and now; those are not written to, unless ``room`` returns the present ones.
             memory: What `memory` made, of the worker or of all.
-            room: Returns the memory that the next version is written to, perhaps that of the present one. Called at most once, if
-                there is a next version, and after the correction.
+            room: Returns the memory that the next version is written to, perhaps that of the present one. Called at most once, and
+                only if there is a next version.
             measure: Whether to measure gap and ratio; it may measure more often.
         """
 
