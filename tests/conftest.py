@@ -1,7 +1,8 @@
 """Shapes in signatures are checked while the tests run; torch stays on one thread, since tests run side by side.
 
-Large products of cases are thinned out: ``@pytest.mark.thinned(k)`` leaves every k-th case of a test fast and marks the others slow. With k
-prime to the number of values of the innermost parameter, every value of each of the others keeps meeting all values of it in turn.
+Large products of cases are thinned out: of a test with more than ``MANY`` cases about ``FAST`` stay in the fast suite, spread evenly, and the
+others are slow (`make test-slow`). ``@pytest.mark.thinned(k)`` says how many to leave: every k-th. A step that is prime to the number of
+values of each parameter lets every value of each meet all values of the others in turn.
 """
 
 import itertools
@@ -15,14 +16,28 @@ from jaxtyping import install_import_hook
 install_import_hook("lockfree", "beartype.beartype").__enter__()
 torch.set_num_threads(1)
 
+MANY, FAST = 16, 12
+
+
+def step_of(cases: list[pytest.Item]) -> int:
+    """Every which of these cases of one test stays fast: what the test says, or a prime that leaves about ``FAST`` of many."""
+    thinned = cases[0].get_closest_marker("thinned")
+    if thinned is not None:
+        return thinned.args[0]
+    if len(cases) <= MANY:
+        return 1
+    primes = (k for k in itertools.count(2) if all(k % divisor for divisor in range(2, k)))
+    # Parameters' numbers of values divide the number of cases, so a prime that does not divide it is prime to them all.
+    return next(k for k in primes if k * FAST >= len(cases) and len(cases) % k)
+
 
 @pytest.hookimpl(tryfirst=True)  # before cases are left out by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for _, cases in itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0]):
-        for number, case in enumerate(cases):
-            thinned = case.get_closest_marker("thinned")
-            if thinned is not None and number % thinned.args[0]:
-                case.add_marker("slow")
+    for _, group in itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0]):
+        cases = list(group)
+        step = step_of(cases)
+        for case in (case for number, case in enumerate(cases) if number % step):
+            case.add_marker("slow")
 
 
 @pytest.fixture
