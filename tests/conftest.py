@@ -1,8 +1,8 @@
 """Shapes in signatures are checked while the tests run; torch stays on one thread, since tests run side by side.
 
-Large products of cases are thinned out: of a test with more than ``MANY`` cases about ``FAST`` stay in the fast suite, spread evenly, and the
-others are slow (`make test-slow`). ``@pytest.mark.thinned(k)`` says how many to leave: every k-th. A step that is prime to the number of
-values of each parameter lets every value of each meet all values of the others in turn.
+Large products of cases are thinned out: of a test with more than ``MANY`` cases about ``FAST`` stay in the fast suite, spread evenly,
+and the others are slow (`make test-slow`). ``@pytest.mark.thinned(k)`` says how many to leave: every k-th. A step that is prime to the
+number of values of each parameter lets every value of each meet all values of the others in turn.
 """
 
 import itertools

@@ -3,7 +3,7 @@
 `convert` turns any PyTorch model and a rule into a learner; `Trainer` runs it over data.
 """
 
-from lockfree import data, hsic, models, probes, rules, server, staleness, synthesisers
+from lockfree import data, hsic, models, probes, recurrent, rules, server, staleness, synthesisers
 from lockfree.advise import Advice, advise
 from lockfree.chain import Block, Chain
 from lockfree.convert import convert
@@ -50,6 +50,7 @@ __all__ = [
     "hsic",
     "models",
     "probes",
+    "recurrent",
     "rules",
     "server",
     "staleness",
