@@ -6,6 +6,7 @@ A core is any module that maps (inputs, state) to (outputs, state). Inputs are a
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -17,15 +18,17 @@ from lockfree.objective import describe
 from lockfree.recurrent.state import Layout, State, layout_of
 from lockfree.rng import undisturbed
 
+M = TypeVar("M", bound=nn.Module)
 
-class Core(ABC):
+
+class Core(ABC, Generic[M]):
     """How a module is run over a stretch of time, whatever its own conventions are.
 
     Args:
         module: The user's own.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: M) -> None:
         self.module = module
 
     @abstractmethod
@@ -37,10 +40,8 @@ class Core(ABC):
         """Returns the state in which sequences begin, for as many samples as there are in inputs (steps, m, ...)."""
 
 
-class _Sequence(Core):
+class _Sequence(Core[nn.RNNBase]):
     """PyTorch's RNN, GRU and LSTM: they take stretches."""
-
-    module: nn.RNNBase
 
     def run(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         if not self.module.batch_first:
@@ -54,10 +55,8 @@ class _Sequence(Core):
         return (h, like.new_zeros(module.num_layers, inputs.shape[1], module.hidden_size)) if module.mode == "LSTM" else h
 
 
-class _Cell(Core):
+class _Cell(Core[nn.RNNCellBase]):
     """PyTorch's cells: they take a step, and the first tensor of their state is their output."""
-
-    module: nn.RNNCellBase
 
     def run(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         outputs = []
@@ -71,7 +70,7 @@ class _Cell(Core):
         return tuple(zeros) if isinstance(self.module, nn.LSTMCell) else zeros[0]
 
 
-class _Own(Core):
+class _Own(Core[nn.Module]):
     """A user's module; without an ``initial_state(samples)`` of its own, sequences begin at zero, which it must take ``None`` for.
 
     Args:

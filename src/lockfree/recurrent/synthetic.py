@@ -1,5 +1,6 @@
 """Synthetic gradients at the horizon: a network predicts the gradient of what comes after a state, and learns from its next guess."""
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,7 @@ class Dense(StateSynthesiser):
         units = settings.hidden_units or self.seen
         widths = [self.seen, *[units] * settings.hidden_layers, self.width]
         place: dict[str, Any] = {"dtype": site.rows.dtype, "device": site.rows.device}
-        layers = [nn.Linear(before, after, **place) for before, after in zip(widths, widths[1:], strict=False)]
+        layers = [nn.Linear(before, after, **place) for before, after in itertools.pairwise(widths)]
         zero(layers[-1])
         self._layers = layers
         self.layers = nn.ModuleList(layers)
