@@ -1,0 +1,1 @@
+"""Recurrent training without waiting for the future."""
