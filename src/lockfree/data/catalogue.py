@@ -14,7 +14,7 @@ from torch import Tensor
 from lockfree.choose import unknown
 from lockfree.data.dataset import Dataset, Split, standardised
 from lockfree.data.formats import check_labels, decompressed, parse_cifar10, parse_idx
-from lockfree.data.sources import SOURCES, Source, data_root
+from lockfree.data.sources import SOURCES, ImageSource, data_root
 
 _logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def _full_set(
     return _dataset(name, train, test, source.classes, f"{kind} in {folder}: {_counts(train, test)}")
 
 
-def _read(source: Source, root: Path) -> list[_Content]:
+def _read(source: ImageSource, root: Path) -> list[_Content]:
     """Reads every file of a set: all of them, or none if none is there."""
     paths = source.present(root)
     if not any(paths):

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from lockfree.data.formats import decompressed
-from lockfree.data.sources import SOURCES, PublicFile, Source, data_root
+from lockfree.data.sources import SOURCES, TEXT_SOURCES, PublicFile, Source, data_root
 
 _logger = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ def fetch(
     mirrors: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Downloads a public data set; files that are there and right are kept, and nothing half-done is left behind.
+    """Downloads a public set; files that are there and right are kept, and nothing half-done is left behind.
 
     Args:
-        name: "mnist", "fashion-mnist" or "cifar10".
+        name: "mnist", "fashion-mnist", "cifar10" or "tinyshakespeare".
         root: The data folder; by default the environment's LOCKFREE_DATA, else a folder in the user's cache.
         mirrors: Base URLs to try in turn instead of the official ones.
         progress: Called with (file name, bytes so far, bytes in all or None if the server does not say).
@@ -48,13 +48,11 @@ def fetch(
         OSError: No mirror gave the right bytes, or they cannot be written.
 
     Example:
-        >>> fetch("digits")
+        >>> fetch("digits")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: 'digits' cannot be fetched: choose one of mnist, fashion-mnist, cifar10; others need no download
+        ValueError: 'digits' cannot be fetched: choose one of mnist, fashion-mnist, cifar10, tinyshakespeare; others ...
     """
-    if name not in SOURCES:
-        raise ValueError(f"{name!r} cannot be fetched: choose one of {', '.join(SOURCES)}; others need no download")
-    source = SOURCES[name]
+    source = _source(name, data_root(root))
     bases = source.mirrors if mirrors is None else tuple(mirrors)
     for base in bases or ("",):
         if not base.startswith(("http://", "https://")):
@@ -67,12 +65,25 @@ def fetch(
     with _folder(folder):
         if source.archive is None:
             for file in wrong:
-                with _downloaded(file, f"{file.name}.gz", bases, folder, progress, unpack=True) as path:
+                packed = file.on_mirrors.endswith(".gz")
+                with _downloaded(file, file.on_mirrors, bases, folder, progress, unpack=packed) as path:
                     os.replace(path, folder / file.name)
         else:
             with _downloaded(source.archive, source.archive.name, bases, folder, progress) as path:
                 _extract(path, source, folder)
     return folder
+
+
+def _source(name: str, root: Path) -> Source:
+    if name in TEXT_SOURCES and not TEXT_SOURCES[name].mirrors:
+        text = TEXT_SOURCES[name]
+        raise ValueError(
+            f"{name!r} cannot be fetched, nobody offers it as one: {text.by_hand.format(folder=root / text.folder)}"
+        )
+    sources: dict[str, Source] = {name: source for name, source in (SOURCES | TEXT_SOURCES).items() if source.mirrors}
+    if name not in sources:
+        raise ValueError(f"{name!r} cannot be fetched: choose one of {', '.join(sources)}; others need no download")
+    return sources[name]
 
 
 def _wrong_files(source: Source, root: Path) -> list[PublicFile]:

@@ -11,6 +11,8 @@ another tool has unpacked is as good. How the sums were verified:
 * CIFAR-10: *not* recomputed here. The archive's sum and size are those in wide use for the authors' archive, whose page
   gives MD5 c32a1d4ab5d03f1284b67883e8d87530; the sums of the single files are those that a port of torchvision checks.
   The archive's sum alone decides whether a download is good; the files' only tell official files from others.
+* Tiny Shakespeare: computed from a copy of the authors' input.txt of 1,115,394 bytes, the size that is commonly given for
+  it; *not* compared with a sum that somebody else publishes.
 """
 
 import hashlib
@@ -27,11 +29,18 @@ class PublicFile:
         name: Its name inside the set's folder (or, for an archive, on the mirror).
         sha256: The checksum of its uncompressed content (of an archive: of the archive).
         size: How many bytes that is.
+        remote: What it is called on the mirrors; NAME.gz if left out.
     """
 
     name: str
     sha256: str
     size: int
+    remote: str | None = None
+
+    @property
+    def on_mirrors(self) -> str:
+        """What it is called on the mirrors."""
+        return f"{self.name}.gz" if self.remote is None else self.remote
 
     def holds(self, content: bytes) -> bool:
         """Tells whether this is the official content.
@@ -47,16 +56,13 @@ class PublicFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A public data set.
+    """A public set.
 
     Attributes:
         folder: Where it lies under the data folder, as the public tools lay it out.
         files: What lies there; IDX sets: training images, training labels, test images, test labels.
-        mirrors: Base URLs, the official one first.
-        archive: What to download; None when every file is on the mirrors by itself, as NAME.gz.
-        classes: The name of each class.
-        n_train: Training samples of the official set.
-        n_test: Test samples of the official set.
+        mirrors: Base URLs, the official one first; none where nobody offers the set in this form.
+        archive: What to download; None when every file is on the mirrors by itself.
         licence: What one may do with it.
     """
 
@@ -64,9 +70,6 @@ class Source:
     files: tuple[PublicFile, ...]
     mirrors: tuple[str, ...]
     archive: PublicFile | None = None
-    classes: tuple[str, ...]
-    n_train: int
-    n_test: int
     licence: str
 
     def present(self, root: Path) -> list[Path | None]:
@@ -81,6 +84,32 @@ class Source:
         suffixes = ("", ".gz") if self.archive is None else ("",)
         choices = [[root / self.folder / f"{file.name}{suffix}" for suffix in suffixes] for file in self.files]
         return [next((path for path in choice if path.is_file()), None) for choice in choices]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource(Source):
+    """A public set of images in classes.
+
+    Attributes:
+        classes: The name of each class.
+        n_train: Training samples of the official set.
+        n_test: Test samples of the official set.
+    """
+
+    classes: tuple[str, ...]
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSource(Source):
+    """A text. Its one file is split where it is read; three files are its training, validation and test parts.
+
+    Attributes:
+        by_hand: How to come by it, with {folder} for where to; for messages.
+    """
+
+    by_hand: str
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -108,12 +137,16 @@ def _idx(name: str, sha256: str, size: int) -> PublicFile:
     return PublicFile(name=f"{name}-ubyte", sha256=sha256, size=size)
 
 
+def _unofficial(name: str) -> PublicFile:
+    return PublicFile(name=name, sha256="", size=0)  # no content is the official one
+
+
 def _batch(name: str, sha256: str) -> PublicFile:
     return PublicFile(name=f"{name}.bin", sha256=sha256, size=10_000 * 3_073)
 
 
-SOURCES: dict[str, Source] = {
-    "mnist": Source(
+SOURCES: dict[str, ImageSource] = {
+    "mnist": ImageSource(
         folder="MNIST/raw",
         files=(
             _idx("train-images-idx3", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", 47_040_016),
@@ -130,7 +163,7 @@ SOURCES: dict[str, Source] = {
         n_test=10_000,
         licence="CC BY-SA 3.0, Yann LeCun and Corinna Cortes",
     ),
-    "fashion-mnist": Source(
+    "fashion-mnist": ImageSource(
         folder="FashionMNIST/raw",
         files=(
             _idx("train-images-idx3", "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", 47_040_016),
@@ -158,7 +191,7 @@ SOURCES: dict[str, Source] = {
         n_test=10_000,
         licence="MIT, Zalando SE",
     ),
-    "cifar10": Source(
+    "cifar10": ImageSource(
         folder="cifar-10-batches-bin",
         files=(
             _batch("data_batch_1", "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"),
@@ -178,5 +211,37 @@ SOURCES: dict[str, Source] = {
         n_train=50_000,
         n_test=10_000,
         licence="none stated; the authors ask to cite Krizhevsky (2009)",
+    ),
+}
+
+TEXT_SOURCES: dict[str, TextSource] = {
+    "tinyshakespeare": TextSource(
+        folder="text",
+        files=(
+            PublicFile(
+                name="tinyshakespeare.txt",
+                sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+                size=1_115_394,
+                remote="input.txt",
+            ),
+        ),
+        mirrors=("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare",),
+        licence="public domain",
+        by_hand="run `lockfree data fetch tinyshakespeare`",
+    ),
+    "austen": TextSource(
+        folder="text",
+        files=(_unofficial("austen.txt"),),
+        mirrors=(),
+        licence="public domain",
+        by_hand="put austen.txt, Jane Austen's novels one after the other (Project Gutenberg has them) in UTF-8, into {folder}",
+    ),
+    "brown": TextSource(
+        folder="text",
+        files=tuple(_unofficial(f"brown.{part}.txt") for part in ("train", "valid", "test")),
+        mirrors=(),
+        licence="for non-commercial use, Francis and Kucera",
+        by_hand="put brown.train.txt, brown.valid.txt and brown.test.txt, the Brown corpus (nltk has it) as lines of words "
+        "between spaces, into {folder}",
     ),
 }

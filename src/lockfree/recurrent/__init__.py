@@ -1,5 +1,6 @@
 """Recurrent networks that learn every T steps, and past them: truncated backpropagation through time with a bootstrap at the horizon."""
 
+from lockfree.recurrent import tasks
 from lockfree.recurrent.bootstrap import Bootstrap, Border, Estimator, NoBootstrap, Oracle, Report, Site
 from lockfree.recurrent.convert import BOOTSTRAPS, convert
 from lockfree.recurrent.cores import Encoded, OneHot, Stacked
@@ -29,4 +30,5 @@ __all__ = [
     "Synthesised",
     "SyntheticGradient",
     "convert",
+    "tasks",
 ]
