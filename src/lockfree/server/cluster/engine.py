@@ -8,7 +8,7 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -30,6 +30,7 @@ from lockfree.trace import Line
 log = logging.getLogger(__name__)
 
 _NAMESPACE = "lockfree"
+_LEAVE = 10.0  # seconds for workers to end by themselves
 
 
 @dataclass(frozen=True)
@@ -218,11 +219,29 @@ class _Crew:
         return Outcome(_tensors(weights), _tensors(buffers))
 
     def dismiss(self) -> None:
-        """Ends all processes of the run."""
-        for working in self._working:
-            self._ray.cancel(working, force=True)
+        """Ends all processes of the run.
+
+        Workers end by themselves when the server is gone, or knows them no more. Only who does not is ended by force, since Ray 2.60
+        ends the process that cancels a task in the moment in which that task is sent to a worker.
+        """
         if not self.keep_server:
             self._ray.kill(self._server)
+        else:
+            for number in self._seats:
+                with contextlib.suppress(Exception):  # whatever has gone wrong, it has been raised already
+                    self._ask("evict", number)
+        self._end(self._working)
+
+    def _end(self, working: Sequence[Any]) -> None:
+        """Waits for workers that are to end, and ends those by force that do not."""
+        if not working:
+            return
+        ended, rest = self._ray.wait(list(working), num_returns=len(working), timeout=_LEAVE)
+        for one in rest:
+            self._ray.cancel(one, force=True)
+        for one in ended:
+            with contextlib.suppress(Exception):  # looked at, so that Ray does not report it
+                self._ray.get(one)
 
     @property
     def _working(self) -> list[Any]:
@@ -313,7 +332,7 @@ class _Crew:
 
     def _leave_out(self, seat: _Seat, why: str) -> None:
         del self._seats[seat.number]
-        self._ray.cancel(seat.working, force=True)
+        self._ray.cancel(seat.working, force=True)  # it has never come, or has ended
         if not self._seats:
             raise RuntimeError(f"no worker is left: worker {seat.number} {why}")
         log.warning("worker %d %s: training goes on without it", seat.number, why)
