@@ -70,6 +70,10 @@ def same(first, second) -> bool:
     return all(map(torch.equal, first, second))
 
 
+def pairs(images, labels) -> set[tuple[tuple[float, ...], int]]:
+    return set(zip(map(tuple, images.flatten(1).tolist()), labels.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("name", TASKS)
 class TestEvery:
     def test_a_stretch_has_the_promised_shapes(self, name):
@@ -286,7 +290,7 @@ class TestLanguageModels:
         assert not task.stretch(0).done.any()
         assert task.stretch((row - 1) // 7).done.any()
 
-    @pytest.mark.parametrize("rows, evaluated", [(1, 40), (4, 40), (7, 40), (64, 40), (3, 2), (1, 1)])
+    @pytest.mark.parametrize(("rows", "evaluated"), [(1, 40), (4, 40), (7, 40), (64, 40), (3, 2), (1, 1)])
     def test_every_symbol_but_the_first_is_asked_for_once(self, rows, evaluated, monkeypatch):
         task = CharacterModel(**SMALL["char-lm"] | {"rows": rows, "evaluated": evaluated})
         learner = Lookup(task.classes)
@@ -334,7 +338,7 @@ class TestSequentialImages:
         assert torch.equal(by_pixel(images)[7], images[:, :, 1, 2])
         assert torch.equal(by_row(images)[1][:, 5:10], images[:, 1, 1])
 
-    @pytest.mark.parametrize("by, steps, features", [("pixel", 64, 1), ("row", 8, 8)])
+    @pytest.mark.parametrize(("by", "steps", "features"), [("pixel", 64, 1), ("row", 8, 8)])
     def test_an_epoch_deals_every_image_once(self, by, steps, features):
         task = SequentialImages(data="digits", by=by, batch=479)  # 3 x 479 = 1,437 images
         digits = data.load("digits").train
@@ -343,14 +347,9 @@ class TestSequentialImages:
         assert seen.shape == (steps, 1437, features)
         labels = torch.cat([task.stretch(number).targets for number in (3, 4, 5)], dim=1)
         assert bool((labels[:-1] == IGNORED).all())
-        dealt = {
-            (tuple(image), label)
-            for image, label in zip(seen.transpose(0, 1).flatten(1).tolist(), labels[-1].tolist(), strict=True)
-        }
-        assert dealt == {
-            (tuple(image), label)
-            for image, label in zip(digits.inputs.flatten(1).tolist(), digits.targets.tolist(), strict=True)
-        }
+        dealt = pairs(seen.transpose(0, 1), labels[-1])
+        assert len(dealt) == 1437
+        assert dealt == pairs(digits.inputs, digits.targets)
         assert not torch.equal(task.stretch(0).targets, task.stretch(3).targets)
 
     def test_judging(self):
@@ -371,9 +370,7 @@ class TestCounting:
     def test_counts_are_those_of_the_images(self):
         task = Counting(data="digits", period=3, batch=40)
         digits = data.load("digits").train
-        place = {
-            tuple(image): label for image, label in zip(digits.inputs.flatten(1).tolist(), digits.targets.tolist(), strict=True)
-        }
+        place = dict(pairs(digits.inputs, digits.targets))
         counted = task.counted(2)
         labels = [[place[tuple(image.flatten().tolist())] for image in step] for step in counted.images]
         for step in range(9):
