@@ -205,7 +205,11 @@ def test_data_list(call):
         **{"digits": "embedded", "fashion-mnist-sample": "embedded", "fashion-mnist": "embedded"},
         **{"mnist": "missing", "cifar10": "missing"},
     }
-    assert "fashion-mnist-sample" in call("data", "list")[1]
+    texts = {row["name"]: row["status"] for row in json.loads(out)["texts"]}
+    assert texts == {"tinyshakespeare": "embedded", "austen": "missing", "brown": "missing", "shakespeare-sample": "embedded"}
+    table = call("data", "list")[1]
+    assert "fashion-mnist-sample" in table
+    assert "shakespeare-sample" in table
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "rules", "cite", "data", "bench"])
@@ -286,6 +290,7 @@ WRONG = {
     "data without an action": (["data"], "lockfree data: .*"),
     "data, unknown action": (["data", "lost"], r"lockfree data: .*(list|fetch).*"),
     "fetch nothing": (["data", "fetch"], "which set\\?"),
+    "fetch a text that nobody offers": (["data", "fetch", "brown"], "'brown' cannot be fetched, .*put brown.train.txt"),
     "fetch an unknown set": (["data", "fetch", "minst"], "unknown .*'minst': did you mean 'mnist'"),
     "unknown benchmark": (["bench", "stp"], "unknown benchmark 'stp': did you mean 'step'"),
     "rules with an argument": (["rules", "all"], "lockfree rules: .*all"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lockfree import data
-from lockfree.data.sources import SOURCES, PublicFile
+from lockfree.data.sources import SOURCES, TEXT_SOURCES, PublicFile
 
 CONTENT = {
     "train-images-idx3-ubyte": bytes(range(256)) * 700,
@@ -264,6 +264,22 @@ def test_names_and_mirrors_are_checked(tmp_path):
         with pytest.raises(ValueError, match="expected mirrors such as"):
             data.fetch("mnist", root=tmp_path, mirrors=mirrors)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_comes_plain_and_under_another_name(tmp_path, mirror_maker, monkeypatch):
+    source, text = TEXT_SOURCES["tinyshakespeare"], b"First Citizen:\n" * 100
+    file = replace(public("tinyshakespeare.txt", text), remote="input.txt")
+    monkeypatch.setitem(TEXT_SOURCES, "tinyshakespeare", replace(source, files=(file,)))
+    mirror = mirror_maker({"input.txt": text + b"!"})
+    with pytest.raises(OSError, match=r"could not fetch input.txt \(.*expected 1,500 bytes, found more"):
+        data.fetch("tinyshakespeare", root=tmp_path, mirrors=[mirror.url])
+    assert lying(tmp_path) == {}
+    mirror.files["input.txt"] = text
+    assert data.fetch("tinyshakespeare", root=tmp_path, mirrors=[mirror.url]) == tmp_path / "text"
+    assert lying(tmp_path) == {"text/tinyshakespeare.txt": text}
+    assert data.load_text("tinyshakespeare", root=tmp_path).source.startswith("full text in")
+    data.fetch("tinyshakespeare", root=tmp_path, mirrors=[mirror.url])
+    assert mirror.asked == ["input.txt"] * 2
 
 
 def test_the_table_is_well_formed():

@@ -68,15 +68,20 @@ def download() -> Iterator[Callable[[str, int, int | None], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(file=sys.stderr)) as bar:
-        tasks: dict[str, Any] = {}
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), console=Console(file=sys.stderr))
+    tasks: dict[str, Any] = {}
 
-        def show(name: str, so_far: int, total: int | None) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=so_far)
+    def show(name: str, so_far: int, total: int | None) -> None:
+        if name not in tasks:
+            bar.start()  # not before there is something to show: an empty bar leaves an empty line
+            tasks[name] = bar.add_task(name, total=total)
+        bar.update(tasks[name], completed=so_far)
 
+    try:
         yield show
+    finally:
+        if tasks:
+            bar.stop()
 
 
 @contextlib.contextmanager
