@@ -103,6 +103,19 @@ class Summing(nn.Module):
         return level.unsqueeze(1), level
 
 
+class Echo(nn.Module):
+    """Takes single steps; what it feeds back through is fixed, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(FEATURES, HIDDEN)
+        self.register_buffer("over", 0.6 * torch.randn(HIDDEN, HIDDEN))
+
+    def forward(self, x, h=None):
+        h = self.into(x).tanh() if h is None else torch.tanh(self.into(x) + h @ self.over)
+        return h, h
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A core, and how to run it without the package.
@@ -214,6 +227,7 @@ CASES: dict[str, Case] = {
         dims=(0,),
     ),
     "columns": Case(make=Columns, begin=lambda core, m: torch.ones(HIDDEN, m, dtype=F64), step=_by_stretch, dims=(1,)),
+    "echo": Case(make=Echo, begin=_zeros(0, HIDDEN), step=lambda core, x, state: core(x, state), dims=(0,)),
     "summing": Case(
         make=Summing,
         begin=lambda core, samples: torch.zeros(samples, dtype=F64),
@@ -320,3 +334,31 @@ def truncated(case: Case, core: Any, readout: Any, batch: Batch, horizon: int) -
         # Only what begins a sequence is still in a graph: a state that is learnt learns from its first chunk.
         state = mixed(chunk.done[-1], case.begin(core, chunk.inputs.shape[1]), detached(after), case.dims)
     return total
+
+
+def borders(case: Case, core: Any, readout: Any, batch: Batch, horizon: int) -> list[Any]:
+    """Runs chunk by chunk at fixed weights; returns what each begins with (leaves), its losses, its end and its last output."""
+    chunks, start = [], None
+    samples = batch.inputs.shape[1]
+    for first in range(0, len(batch.inputs), horizon):
+        chunk = batch[first : first + horizon]
+        # What begins a sequence stays in the graph of a state that is learnt, and what goes on is a leaf.
+        leaf = detached(case.begin(core, samples) if start is None else start)
+        fresh = torch.ones(samples, dtype=torch.bool) if start is None else batch.done[first - 1]
+        state = mixed(fresh, case.begin(core, samples), leaf, case.dims)
+        losses, after, output = loop(case, core, readout, chunk, state)
+        chunks.append((leaf, losses, after, output))
+        start = after
+    return chunks
+
+
+def gradient_rows(case: Case, loss: Tensor, leaf: State) -> Tensor:
+    """The gradient of a loss with respect to a state, as a matrix with a row for each sample."""
+    leaves, tree = pytree.tree_flatten(leaf)
+    wanted = [one for one in leaves if one.requires_grad]
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True, retain_graph=True))
+    made = []
+    for one in leaves:
+        gradient = next(found) if one.requires_grad else one
+        made.append(torch.zeros_like(one) if gradient is None else gradient)
+    return rows_of(pytree.tree_unflatten(made, tree), case.dims)

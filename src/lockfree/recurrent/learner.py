@@ -106,7 +106,8 @@ class RecurrentLearner:
             done: (steps, m), true at the last step of a sample's sequence: its state then begins anew, and nothing lies beyond.
 
         Raises:
-            ValueError: If something does not fit; nothing has been learnt then.
+            ValueError: If something does not fit; nothing has been learnt then, but the chunks before the one whose targets the loss
+                does not accept.
             Diverged: If a loss or a state is not finite; its chunk has not been learnt, those before it have.
         """
         if self._chunk is not None:
@@ -133,7 +134,7 @@ class RecurrentLearner:
             The scores of this step, (m, ...), detached, before anything is learnt from it; and what was learnt, if anything.
 
         Raises:
-            ValueError: If something does not fit.
+            ValueError: If something does not fit; if it is the loss that says so, its chunk is given up as when it diverges.
             Diverged: If a loss or a state is not finite; the chunk has not been learnt, and the stream goes on after the one
                 before it.
         """
@@ -401,7 +402,7 @@ class RecurrentLearner:
                 "last": self._last and list(self._last),
                 "pieces": [list(piece) for piece in self._pieces],
                 "randoms": self._randoms,
-                "buffers": self._undo.state_dict(),  # before the pieces
+                "buffers": self._undo.state_dict() if self._pieces else [],  # before them
                 "horizon": self._horizon and self._horizon.state_dict(),
                 "auxiliary": self._auxiliary and dict(self._auxiliary.state_dict()),
                 "auxiliary_optimizer": self._auxiliary and self._auxiliary.optimizer.state_dict(),
