@@ -1,6 +1,6 @@
 """Recurrent cores for the tests, each with a plain way to run one step of it, and backpropagation through time as a loop.
 
-Nothing here knows of the package but the modules that it offers: what is computed is what the package is compared with.
+Up to the learners at the end nothing here knows of the package but the modules that it offers: it is what the package is compared with.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from lockfree.recurrent import Encoded, Stacked
+from lockfree.recurrent import Encoded, LeastSquaresGradient, Stacked, SyntheticGradient, convert
 
 FEATURES, HIDDEN, SYMBOLS, CLASSES = 3, 4, 7, 5
 F64 = torch.float64
+TIGHT = {"rtol": 0.0, "atol": 1e-12}
 State = Any
 
 
@@ -362,3 +363,40 @@ def gradient_rows(case: Case, loss: Tensor, leaf: State) -> Tensor:
         gradient = next(found) if one.requires_grad else one
         made.append(torch.zeros_like(one) if gradient is None else gradient)
     return rows_of(pytree.tree_unflatten(made, tree), case.dims)
+
+
+# ---- learners ---------------------------------------------------------------------------------------------------------------
+
+EVERY = {
+    "none": "none",
+    "dni": SyntheticGradient(scale=0.5, gamma=0.9),
+    "dni-6": SyntheticGradient(steps=6, reads="output"),
+    "dni-solved": LeastSquaresGradient(every=2),
+}
+
+
+def descent(parameters):
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def learner_for(core, readout, bootstrap, *, horizon=3, optimizer=momentum, loss=F.cross_entropy, **more):
+    return convert(core, readout, horizon=horizon, bootstrap=bootstrap, loss=loss, optimizer=optimizer, **more)
+
+
+def everything(learner):
+    """All that a learner knows but the random generators, as tensors and plain data by path."""
+    state = {name: one for name, one in learner.state_dict().items() if name != "rng"}
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(state)}
+
+
+def assert_same(one, other, atol=0.0):
+    assert one.keys() == other.keys()
+    for path, leaf in one.items():
+        if isinstance(leaf, torch.Tensor):
+            torch.testing.assert_close(leaf, other[path], rtol=0.0, atol=atol, msg=lambda text, path=path: f"{path}: {text}")
+        else:
+            assert leaf == other[path], path

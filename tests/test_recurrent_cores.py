@@ -3,7 +3,7 @@
 import pytest
 import recurrences
 import torch
-from recurrences import CASES, CLASSES, F64, FEATURES, HIDDEN, batch_for, network_for
+from recurrences import CASES, CLASSES, F64, FEATURES, HIDDEN, batch_for, descent, learner_for, momentum, network_for
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,18 +18,6 @@ def _own_global_generator():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         yield
-
-
-def learner_for(core, readout, horizon, bootstrap="oracle", *, rate=1.0, loss=F.cross_entropy, **more):
-    return convert(
-        core,
-        readout,
-        horizon=horizon,
-        bootstrap=bootstrap,
-        loss=loss,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate),
-        **more,
-    )
 
 
 def assert_close(found, wanted, **tolerance):
@@ -56,7 +44,7 @@ def test_the_true_gradient_makes_full_backpropagation_through_time(name, horizon
     case = CASES[name]
     core, readout = network_for(case)
     batch = batch_for(case)
-    learner = learner_for(core, readout, horizon)
+    learner = learner_for(core, readout, "oracle", horizon=horizon)
     wanted = recurrences.full(case, core, readout, batch, counted=min(horizon, 11))
     assert_close(learner.gradients(*batch), wanted, **EXACT)
 
@@ -67,7 +55,7 @@ def test_learning_by_the_true_gradient_is_full_backpropagation_through_time(name
     case = CASES[name]
     core, readout = network_for(case)
     batch = batch_for(case)
-    learner = learner_for(core, readout, 3, accumulate=4)
+    learner = learner_for(core, readout, "oracle", optimizer=descent, accumulate=4)
     wanted = recurrences.full(case, core, readout, batch, counted=3)
     assert_close(moved(learner, 4, lambda: learner.step(*batch)), wanted, **EXACT)
 
@@ -85,7 +73,7 @@ def test_unequal_lengths_with_masked_losses(name):
     def loss(scores, targets):
         return (F.cross_entropy(scores, targets["class"], reduction="none") * targets["counts"]).mean()
 
-    learner = learner_for(core, readout, 3, loss=loss)
+    learner = learner_for(core, readout, "oracle", loss=loss)
     found = learner.gradients(batch.inputs, {"class": batch.targets, "counts": counts}, done)
 
     total = 0.0
@@ -105,7 +93,7 @@ def test_a_horizon_beyond_the_end_is_backpropagation_through_time(bootstrap, hor
     case = CASES["lstm"]
     core, readout = network_for(case)
     batch = batch_for(case)
-    learner = learner_for(core, readout, horizon, bootstrap)
+    learner = learner_for(core, readout, bootstrap, horizon=horizon, optimizer=descent)
     wanted = recurrences.full(case, core, readout, batch, counted=11)
     loss = recurrences.loop(case, core, readout, batch)[0].mean().item()
     learnt = []
@@ -122,12 +110,8 @@ def test_truncation_lets_nothing_past_the_horizon(name):
     case = CASES[name]
     core, readout = network_for(case)
     batch = batch_for(case)
-    learner = learner_for(core, readout, 3, "none")
+    learner = learner_for(core, readout, "none")
     assert_close(learner.gradients(*batch), recurrences.truncated(case, core, readout, batch, 3), **EXACT)
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
 def adam(parameters):
@@ -198,7 +182,7 @@ def test_a_synthesiser_that_knows_nothing_truncates(name):
     case = CASES[name]
     core, readout = network_for(case)
     batch = batch_for(case)
-    plain, dni = (learner_for(core, readout, 3, bootstrap) for bootstrap in ("none", "dni"))
+    plain, dni = (learner_for(core, readout, bootstrap) for bootstrap in ("none", "dni"))
     assert_close(dni.gradients(*batch), plain.gradients(*batch), rtol=0.0, atol=0.0)
 
 
@@ -210,7 +194,7 @@ def test_states_become_rows_and_rows_states(name):
     case = CASES[name]
     core, readout = network_for(case)
     batch = batch_for(case, ends=0.0)
-    learner = learner_for(core, readout, 3)
+    learner = learner_for(core, readout, "oracle")
     _, state = learner.predict(batch.inputs)
     _, layout = lf.recurrent.cores.understand(core, batch.inputs)
     with torch.no_grad():
@@ -231,7 +215,7 @@ def test_a_state_that_is_learnt_learns_even_if_prediction_came_first():
     case = CASES["starting"]
     core, readout = network_for(case)
     batch = batch_for(case)
-    learner = learner_for(core, readout, 3)
+    learner = learner_for(core, readout, "oracle")
     learner.predict(batch.inputs)
     assert_close(learner.gradients(*batch), recurrences.full(case, core, readout, batch, counted=3), **EXACT)
 
@@ -240,8 +224,8 @@ def test_symbols_as_vectors():
     torch.manual_seed(3)
     gru, readout = nn.GRU(5, HIDDEN, dtype=F64), nn.Linear(HIDDEN, CLASSES, dtype=F64)
     inputs, targets = torch.randint(0, 5, (7, 6)), torch.randint(0, CLASSES, (7, 6))
-    found = learner_for(Encoded(OneHot(5, F64), gru), readout, 3).gradients(inputs, targets)
-    wanted = learner_for(gru, readout, 3).gradients(F.one_hot(inputs, 5).to(F64), targets)
+    found = learner_for(Encoded(OneHot(5, F64), gru), readout, "oracle").gradients(inputs, targets)
+    wanted = learner_for(gru, readout, "oracle").gradients(F.one_hot(inputs, 5).to(F64), targets)
     assert_close(found, {name.replace("core.", "core.core."): one for name, one in wanted.items()}, **EXACT)
 
 
