@@ -16,7 +16,7 @@ from lockfree.cell import Cell
 from lockfree.chain import Chain
 from lockfree.executors import Assembly, Executor, Outcome, Stopwatch
 from lockfree.flight import Flight
-from lockfree.objective import describe
+from lockfree.restore import Undo, same_tensors
 from lockfree.rng import Streams, get_rng, set_rng, undisturbed
 from lockfree.rule import LOCKS, Rule, Trained, locks
 from lockfree.schedule import Schedule
@@ -78,7 +78,7 @@ class Learner:
         self._executor, self._assembly, self._same = executor, assembly, same
         # Of auxiliary networks running statistics alone: other buffers there are fixed random numbers.
         moving = [buffer for network in self.auxiliaries for name, buffer in network.named_buffers() if _RUNNING.search(name)]
-        self._undo = _Undo([*self.model.buffers(), *moving])
+        self._undo = Undo([*self.model.buffers(), *moving])
         self._trained = Trained(self.model, tuple(chain.blocks), tuple(cell.auxiliary for cell in assembly.cells))
         self._first = 0  # batches before this one have been drained
         self._seen: set[tuple] = set()
@@ -424,7 +424,7 @@ class Learner:
         missing = {"of", "model", "optimizer", "updates", "cells", "links", "flights", "rng", "streams"} - set(state)
         if missing:
             raise ValueError(f"this is not a learner's state: it lacks {', '.join(sorted(missing))}")
-        _same_tensors("model", state["model"], self.model.state_dict())
+        same_tensors("model", state["model"], self.model.state_dict())
         for what, mine in self._same.items():
             theirs = state["of"].get(what)
             if theirs != mine:
@@ -432,7 +432,7 @@ class Learner:
         for saved, cell in zip(state["cells"], self.cells, strict=True):
             for name, network in (("auxiliary", cell.auxiliary), ("inputs", cell.inputs)):
                 if network is not None:
-                    _same_tensors(f"auxiliary network of cell {cell.place.index}", saved.get(name, {}), network.state_dict())
+                    same_tensors(f"auxiliary network of cell {cell.place.index}", saved.get(name, {}), network.state_dict())
 
 
 class _Collector(torch.optim.Optimizer):
@@ -467,44 +467,10 @@ def _result(outcome: Outcome) -> StepResult:
     return StepResult(next(iter(outcome.losses), None), outcome)
 
 
-def _same_tensors(what: str, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -> None:
-    for name in sorted(theirs.keys() | mine.keys()):
-        there, here = (describe(tensors[name]) if name in tensors else "missing" for tensors in (theirs, mine))
-        if there != here:
-            raise ValueError(f"the state is of another {what}: '{name}' is {there} there and {here} here")
-
-
 def _signature(values: Any) -> tuple:
     if isinstance(values, Tensor):
         return (values.dtype, values.shape[1:])
     return tuple((tensor.dtype, tensor.shape[1:]) for tensor in tensors(values)) or (type(values),)
-
-
-class _Undo:
-    """Remembers the values of tensors; of each type and device in one piece, since they are many and small.
-
-    Args:
-        tensors: What is to be remembered, time and again.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        alike: dict[Any, list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor.is_contiguous():
-                alike.setdefault((tensor.dtype, tensor.device), []).append(tensor.view(-1))
-            else:
-                alike[id(tensor)] = [tensor]
-        self._pieces = [(parts, torch.cat(parts)) for parts in alike.values()]
-
-    def note(self) -> None:
-        """Remembers the present values."""
-        for parts, whole in self._pieces:
-            torch.cat(parts, out=whole)
-
-    def restore(self) -> None:
-        """Puts back what was remembered last."""
-        for parts, whole in self._pieces:
-            torch._foreach_copy_(parts, whole.split([len(part) for part in parts]))
 
 
 def _to(state: Any, device: torch.device) -> Any:

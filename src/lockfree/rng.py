@@ -94,6 +94,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         set_rng(random)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                buffer.data.copy_(value)  # unseen by graphs that hold the buffer: for them it has not changed
         for module, training in modes:
             module.training = training

@@ -181,6 +181,8 @@ def _consistent(core: Core, inputs: Tensor) -> str | None:
     one, other = pytree.tree_leaves((outputs, state)), pytree.tree_leaves((torch.cat([first, second]), after))
     if len(one) != len(other) or any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
         return "its state depends in shape on the number of steps"
+    if [leaf.shape for leaf in pytree.tree_leaves(between)] != [leaf.shape for leaf in pytree.tree_leaves(after)]:
+        return "its state grows with the steps"
     if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(one, other, strict=True)):
         return "two steps at once are not the same as one after the other"
     return None

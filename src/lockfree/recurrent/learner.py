@@ -16,6 +16,7 @@ from lockfree.recurrent.cores import understand
 from lockfree.recurrent.horizon import Horizon, Past
 from lockfree.recurrent.network import Chunk, Network, Piece, Stretch, joined
 from lockfree.recurrent.state import State
+from lockfree.restore import Undo, same_tensors
 from lockfree.rng import generators_apart, get_rng, set_rng, undisturbed
 from lockfree.update import Update
 from lockfree.values import Values, detach, tensors
@@ -105,8 +106,9 @@ class RecurrentLearner:
             done: (steps, m), true at the last step of a sample's sequence: its state then begins anew, and nothing lies beyond.
 
         Raises:
-            ValueError: If something does not fit; nothing has been learnt then.
-            Diverged: If a loss is not finite; its chunk has not been learnt, those before it have.
+            ValueError: If something does not fit; nothing has been learnt then, but the chunks before the one whose targets the loss
+                does not accept.
+            Diverged: If a loss or a state is not finite; its chunk has not been learnt, those before it have.
         """
         if self._chunk is not None:
             raise ValueError(f"{self._chunk.steps} observed steps wait to be learnt: call drain() before step")
@@ -132,8 +134,9 @@ class RecurrentLearner:
             The scores of this step, (m, ...), detached, before anything is learnt from it; and what was learnt, if anything.
 
         Raises:
-            ValueError: If something does not fit.
-            Diverged: If a loss is not finite; the chunk has not been learnt, and the stream goes on after the one before it.
+            ValueError: If something does not fit; if it is the loss that says so, its chunk is given up as when it diverges.
+            Diverged: If a loss or a state is not finite; the chunk has not been learnt, and the stream goes on after the one
+                before it.
         """
         stretch = Stretch(*pytree.tree_map_only(Tensor, lambda tensor: tensor.unsqueeze(0), (inputs, targets, done)))
         self._enter(stretch)
@@ -173,17 +176,20 @@ class RecurrentLearner:
     def _drop(self) -> None:
         self._chunk: Chunk | None = None
         self._pieces: list[Stretch] = []
-        self._random: dict[str, Tensor] | None = None
+        self._randoms: list[dict[str, Tensor]] = []  # before each: a stream's owner may draw in between
 
     def _enter(self, stretch: Stretch) -> None:
         """Refuses what cannot be learnt from, and begins where nothing has been seen yet."""
         _check(stretch)
         self._build(stretch.inputs)
-        samples = stretch.inputs.shape[1]
+        samples, layout = stretch.inputs.shape[1], self._network.layout
         if self._state is None:
             self._state = detach(self._network.core.initial(stretch.inputs))
             self._fresh = torch.ones(samples, dtype=torch.bool, device=stretch.inputs.device)
-        self._network.layout.check(self._state, samples)
+        elif (carried := layout.samples(self._state)) != samples:
+            raise ValueError(
+                f"inputs hold {samples} samples, but the state that is carried is of {carried}: call reset() to begin new sequences"
+            )
 
     def _build(self, inputs: Tensor) -> None:
         """Makes what depends on the shape of an input, once it is known."""
@@ -202,14 +208,16 @@ class RecurrentLearner:
             estimator = self.bootstrap.estimator(site)
             self._horizon = None if estimator is None else Horizon(self._network, self._objective, estimator)
             self._auxiliary = Auxiliary(site) if self._wants_auxiliary else None
+        self._undo = Undo([*self.core.buffers(), *self.readout.buffers()])  # running statistics
         self._like = like
 
     def _advance(self, stretch: Stretch) -> Values:
         """Runs the chunk on its way, or a new one, over some steps; returns the scores of the last ones."""
         if self._chunk is None:
-            self._random = get_rng()
+            self._undo.note()
             self._chunk = Chunk(self._network, self._state, self._fresh if self._learns_start else None, stretch.inputs)
         self._pieces.append(stretch)
+        self._randoms.append(get_rng())
         steps = len(stretch.inputs)
         # The last step runs by itself if the auxiliary task will want to run it again.
         border = steps - 1 if self._auxiliary is not None and steps > 1 else 0
@@ -219,6 +227,7 @@ class RecurrentLearner:
             return self._chunk.advance(stretch.cut(border, steps), self._objective)
         except BaseException:
             self._drop()
+            self._undo.restore()
             raise
 
     def _learn(self, whole: int, rest: Stretch | None) -> Learnt:
@@ -232,13 +241,12 @@ class RecurrentLearner:
         assert chunk is not None
         try:
             loss = chunk.loss / whole
-            if not torch.isfinite(loss):
-                raise Diverged(
-                    f"the loss is {loss.item()} at update {self.updates}: lower the learning rate, clip gradients (clip_norm=), or "
-                    "look at the inputs"
-                )
+            self._refuse_divergence(chunk, loss.detach())
             following, ended = chunk.after(pieces[0].inputs)
             synthetic, auxiliary = self._descend(chunk, loss, joined(pieces), whole, following, rest)
+        except BaseException:
+            self._undo.restore()
+            raise
         finally:
             self._drop()
         self._state, self._fresh, self._last = following, ended, chunk.last
@@ -246,6 +254,15 @@ class RecurrentLearner:
         return Learnt(
             chunk.steps, 1, [chunk.loss.detach()], *([one] if one is not None else [] for one in (synthetic, auxiliary))
         )
+
+    def _refuse_divergence(self, chunk: Chunk, loss: Tensor) -> None:
+        # The state too, since a loss may leave out the step that broke it; one look at the device for both.
+        numbers = torch.stack([loss, *(leaf.detach().sum() for leaf in self._network.layout.leaves(chunk.state))])
+        if not torch.isfinite(numbers).all():
+            found = f"the loss is {loss.item()}" if not torch.isfinite(loss) else "the state is not finite"
+            raise Diverged(
+                f"{found} at update {self.updates}: lower the learning rate, clip gradients (clip_norm=), or look at the inputs"
+            )
 
     def _descend(
         self, chunk: Chunk, loss: Tensor, stretch: Stretch, whole: int, following: State, rest: Stretch | None
@@ -384,7 +401,8 @@ class RecurrentLearner:
                 "fresh": self._fresh,
                 "last": self._last and list(self._last),
                 "pieces": [list(piece) for piece in self._pieces],
-                "random": self._random,
+                "randoms": self._randoms,
+                "buffers": self._undo.state_dict() if self._pieces else [],  # before them
                 "horizon": self._horizon and self._horizon.state_dict(),
                 "auxiliary": self._auxiliary and dict(self._auxiliary.state_dict()),
                 "auxiliary_optimizer": self._auxiliary and self._auxiliary.optimizer.state_dict(),
@@ -404,6 +422,7 @@ class RecurrentLearner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates = state["updates"]
         self._forget()
+        self._like, self._horizon, self._auxiliary = None, None, None
         if state["like"] is not None:
             place = next(parameter for group in self.optimizer.param_groups for parameter in group["params"])
             state |= pytree.tree_map_only(Tensor, lambda tensor: tensor.to(place.device), {n: state[n] for n in _MOVED})
@@ -415,8 +434,10 @@ class RecurrentLearner:
                 self._auxiliary.load_state_dict(state["auxiliary"])
                 self._auxiliary.optimizer.load_state_dict(state["auxiliary_optimizer"])
             if state["pieces"]:
-                set_rng(state["random"])
-            for piece in state["pieces"]:
+                self._undo.load_state_dict(state["buffers"])
+                self._undo.restore()
+            for piece, random in zip(state["pieces"], state["randoms"], strict=True):
+                set_rng(random)
                 self._advance(Stretch(*piece))
         self._update.load_state_dict(state["update"])
         set_rng(state["rng"])
@@ -439,6 +460,8 @@ class RecurrentLearner:
             theirs = state["of"].get(what)
             if theirs != mine:
                 raise ValueError(f"the state is of another {what}: it was saved with {theirs}, this learner has {mine}")
+        for part in ("core", "readout"):
+            same_tensors(part, state[part], getattr(self, part).state_dict())
 
 
 _MOVED = ("like", "state", "fresh", "last", "pieces", "horizon", "update")

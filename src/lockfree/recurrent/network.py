@@ -61,7 +61,8 @@ class Network:
 
     def learns_start(self, inputs: Tensor) -> bool:
         """Whether the state in which sequences begin has parameters."""
-        return any(leaf.requires_grad for leaf in self.layout.leaves(self.core.initial(inputs)))
+        with torch.enable_grad():
+            return any(leaf.requires_grad for leaf in self.layout.leaves(self.core.initial(inputs)))
 
     def read(self, outputs: Tensor) -> Values:
         """Reads out outputs (steps, m, features): scores (steps * m, ...)."""

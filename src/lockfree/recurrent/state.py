@@ -59,7 +59,9 @@ class Layout:
 
     def joined(self, leaves: Sequence[Tensor]) -> Float[Tensor, "m width"]:
         """Returns the tensors of floating point, or gradients of them, as rows."""
-        rows = [leaf.movedim(dim, 0).flatten(1) for leaf, dim in zip(leaves, self._floating_dims(), strict=True)]
+        rows = [
+            leaf.movedim(dim, 0).reshape(leaf.shape[dim], -1) for leaf, dim in zip(leaves, self._floating_dims(), strict=True)
+        ]
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def parted(self, rows: Float[Tensor, "m width"]) -> list[Tensor]:
@@ -73,6 +75,10 @@ class Layout:
         tensors = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), self._batched, strict=True)
         mixed = [torch.where(chosen.view([-1, *[1] * (a.dim() - dim - 1)]), a, b) for a, b, dim in tensors]
         return pytree.tree_unflatten(mixed, self._tree)
+
+    def samples(self, state: State) -> int:
+        """Returns how many samples a state holds."""
+        return pytree.tree_leaves(state)[0].shape[self._batched[0]]
 
     def check(self, state: State, samples: int) -> None:
         """Refuses a state that is built otherwise or holds another number of samples.

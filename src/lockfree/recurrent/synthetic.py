@@ -48,6 +48,8 @@ class Synthesised(Bootstrap, ABC):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}={value}: give 0 or more")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps}: give a multiple of the horizon, or None for the horizon itself")
         choose(READS, self.reads, "reads")
 
     @abstractmethod
@@ -77,7 +79,7 @@ class StateSynthesiser(Estimator):
         self.seen = (site.rows if settings.reads == "state" else site.outputs).shape[1]
         self.width = site.layout.width
         steps = settings.steps or site.horizon
-        if steps % site.horizon or steps < 1:
+        if steps % site.horizon:
             raise ValueError(f"steps={settings.steps}: give a multiple of the horizon, {site.horizon}")
         self._chunks = steps // site.horizon
 
