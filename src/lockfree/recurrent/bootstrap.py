@@ -7,7 +7,7 @@ dataclass) makes an `Estimator` (what is alive) that says it, and learns from wh
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -68,12 +68,7 @@ class Estimator(nn.Module, ABC):
     r"""Estimates $\partial L_{>t} / \partial s_t$, the gradient of what comes after a border with respect to each sample's state there.
 
     All gradients are those of one sample's loss, not of the batch's mean, so that they do not depend on the batch's size.
-
-    Attributes:
-        wants_jacobian: Whether it wants `Report.jacobian`, which takes as many backward passes as a state has numbers.
     """
-
-    wants_jacobian: ClassVar[bool] = False
 
     @abstractmethod
     def scale(self, update: int) -> float:
@@ -87,6 +82,11 @@ class Estimator(nn.Module, ABC):
     def chunks(self) -> int:
         """How many chunks the truth looks ahead before it relies on an estimate, 1 or more."""
         return 1
+
+    @property
+    def wants_jacobian(self) -> bool:
+        """Whether it wants `Report.jacobian`, which takes as many backward passes as a state has numbers."""
+        return False
 
     @abstractmethod
     def estimate(self, border: Border) -> Float[Tensor, "m width"]:
