@@ -51,7 +51,7 @@ class Border(NamedTuple):
 class Report(NamedTuple):
     """What became of a border: what an estimator learns from; everything is detached.
 
-    Samples whose sequence ended at the border (`Border.ended`) tell nothing about it: their truth is zero.
+    Samples whose sequence ended at the border (`Border.ended`) tell nothing about it: their truth and Jacobian are zero.
 
     Attributes:
         border: The state that the chunk, or the chunks, began with.

@@ -93,7 +93,7 @@ class Horizon:
         self.border = border._replace(ahead=None)
         chunks = self.estimator.chunks
         if chunks == 1:
-            return None if chunk.border is None else self.estimator.learn(Report(chunk.border, truth, jacobian))
+            return None if chunk.border is None else self.estimator.learn(_report(chunk.border, truth, jacobian))
         self.past.append(chunk)
         if len(self.past) < chunks:
             return None
@@ -101,7 +101,7 @@ class Horizon:
         first = self.past.popleft().border
         if first is None:
             return None
-        return self.estimator.learn(Report(first, self._gradient(past, estimate, self.estimator.gamma(update)), None))
+        return self.estimator.learn(_report(first, self._gradient(past, estimate, self.estimator.gamma(update)), None))
 
     def _gradient(self, past: Sequence[Past], beyond: Tensor | None, gamma: float) -> Tensor:
         """Returns the gradient at the beginning of chunks that follow each other, at the present weights, (m, width).
@@ -141,6 +141,16 @@ class Horizon:
         self.estimator.load_optimizer_state(state["optimizer"])
         self.border = _restored(state["border"])
         self.past = deque(Past(_restored(b), s, Stretch(*stretch), whole) for b, s, stretch, whole in state["past"])
+
+
+def _report(border: Border, truth: Tensor, jacobian: Tensor | None) -> Report:
+    """Returns the report; what became of samples that had ended there is that of the sequences after them, which does not count."""
+    if border.ended is None:
+        return Report(border, truth, jacobian)
+    ended = border.ended[:, None]
+    return Report(
+        border, truth.masked_fill(ended, 0.0), None if jacobian is None else jacobian.masked_fill(ended[..., None], 0.0)
+    )
 
 
 def _stored(border: Border | None) -> list[Any] | None:
