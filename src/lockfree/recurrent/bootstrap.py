@@ -40,12 +40,15 @@ class Border(NamedTuple):
         ended: Samples whose sequence ends here, (m,), or ``None`` if none does: there is nothing beyond, so nothing to estimate.
         ahead: Returns the true gradient at this state of all steps of the stretch that are still to come, (m, width), at the present
             weights; what an oracle asks for. ``None`` in a stream, whose future is not there.
+        begun: Samples whose sequence began inside of the chunk that ends here, (m,), or ``None`` if none did: what an estimator
+            remembers of the border before is of another one.
     """
 
     rows: Float[Tensor, "m width"]
     outputs: Float[Tensor, "m features"]
     ended: Bool[Tensor, " m"] | None
     ahead: Callable[[], Tensor] | None
+    begun: Bool[Tensor, " m"] | None = None
 
 
 class Report(NamedTuple):

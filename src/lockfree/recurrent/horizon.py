@@ -75,7 +75,7 @@ class Horizon:
             ahead = lambda: self._gradient([Past(None, following, rest, whole)], None, 1.0)  # noqa: E731
         elif rest is not None:
             ahead = lambda: torch.zeros_like(rows)  # noqa: E731
-        return Border(rows, chunk.outputs.detach().flatten(1), chunk.ended, ahead)
+        return Border(rows, chunk.outputs.detach().flatten(1), chunk.ended, ahead, chunk.begun)
 
     def hear(
         self, truth: Tensor, jacobian: Tensor | None, chunk: Past, border: Border, estimate: Tensor, update: int
@@ -154,8 +154,8 @@ def _report(border: Border, truth: Tensor, jacobian: Tensor | None) -> Report:
 
 
 def _stored(border: Border | None) -> list[Any] | None:
-    return None if border is None else [border.rows, border.outputs, border.ended]
+    return None if border is None else [border.rows, border.outputs, border.ended, border.begun]
 
 
 def _restored(state: list[Any] | None) -> Border | None:
-    return None if state is None else Border(state[0], state[1], state[2], None)
+    return None if state is None else Border(rows=state[0], outputs=state[1], ended=state[2], ahead=None, begun=state[3])
