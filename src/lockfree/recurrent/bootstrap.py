@@ -7,7 +7,7 @@ dataclass) makes an `Estimator` (what is alive) that says it, and learns from wh
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -40,18 +40,21 @@ class Border(NamedTuple):
         ended: Samples whose sequence ends here, (m,), or ``None`` if none does: there is nothing beyond, so nothing to estimate.
         ahead: Returns the true gradient at this state of all steps of the stretch that are still to come, (m, width), at the present
             weights; what an oracle asks for. ``None`` in a stream, whose future is not there.
+        begun: Samples whose sequence began inside of the chunk that ends here, (m,), or ``None`` if none did: what an estimator
+            remembers of the border before is of another one.
     """
 
     rows: Float[Tensor, "m width"]
     outputs: Float[Tensor, "m features"]
     ended: Bool[Tensor, " m"] | None
     ahead: Callable[[], Tensor] | None
+    begun: Bool[Tensor, " m"] | None = None
 
 
 class Report(NamedTuple):
     """What became of a border: what an estimator learns from; everything is detached.
 
-    Samples whose sequence ended at the border (`Border.ended`) tell nothing about it: their truth is zero.
+    Samples whose sequence ended at the border (`Border.ended`) tell nothing about it: their truth and Jacobian are zero.
 
     Attributes:
         border: The state that the chunk, or the chunks, began with.
@@ -68,12 +71,7 @@ class Estimator(nn.Module, ABC):
     r"""Estimates $\partial L_{>t} / \partial s_t$, the gradient of what comes after a border with respect to each sample's state there.
 
     All gradients are those of one sample's loss, not of the batch's mean, so that they do not depend on the batch's size.
-
-    Attributes:
-        wants_jacobian: Whether it wants `Report.jacobian`, which takes as many backward passes as a state has numbers.
     """
-
-    wants_jacobian: ClassVar[bool] = False
 
     @abstractmethod
     def scale(self, update: int) -> float:
@@ -87,6 +85,11 @@ class Estimator(nn.Module, ABC):
     def chunks(self) -> int:
         """How many chunks the truth looks ahead before it relies on an estimate, 1 or more."""
         return 1
+
+    @property
+    def wants_jacobian(self) -> bool:
+        """Whether it wants `Report.jacobian`, which takes as many backward passes as a state has numbers."""
+        return False
 
     @abstractmethod
     def estimate(self, border: Border) -> Float[Tensor, "m width"]:

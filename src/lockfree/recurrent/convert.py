@@ -7,15 +7,23 @@ from torch import nn
 from lockfree.choose import choose
 from lockfree.convert import OptimizerFactory
 from lockfree.objective import Loss, Objective
+from lockfree.recurrent.alternation import Alternating
 from lockfree.recurrent.bootstrap import Bootstrap, NoBootstrap, Oracle
+from lockfree.recurrent.coordinatewise import CoordinatewiseSynthesiser
+from lockfree.recurrent.eligibility import BPLambda
 from lockfree.recurrent.learner import RecurrentLearner
+from lockfree.recurrent.remembering import RecurrentSynthesiser
 from lockfree.recurrent.solved import LeastSquaresGradient
 from lockfree.recurrent.synthetic import SyntheticGradient
 from lockfree.update import Update
 
 BOOTSTRAPS: dict[str, type[Bootstrap]] = {
     "none": NoBootstrap,
+    "alternating": Alternating,
+    "bp-lambda": BPLambda,
     "dni": SyntheticGradient,
+    "dni-coordinatewise": CoordinatewiseSynthesiser,
+    "dni-recurrent": RecurrentSynthesiser,
     "dni-solved": LeastSquaresGradient,
     "oracle": Oracle,
 }

@@ -75,7 +75,7 @@ class Horizon:
             ahead = lambda: self._gradient([Past(None, following, rest, whole)], None, 1.0)  # noqa: E731
         elif rest is not None:
             ahead = lambda: torch.zeros_like(rows)  # noqa: E731
-        return Border(rows, chunk.outputs.detach().flatten(1), chunk.ended, ahead)
+        return Border(rows, chunk.outputs.detach().flatten(1), chunk.ended, ahead, chunk.begun)
 
     def hear(
         self, truth: Tensor, jacobian: Tensor | None, chunk: Past, border: Border, estimate: Tensor, update: int
@@ -93,7 +93,7 @@ class Horizon:
         self.border = border._replace(ahead=None)
         chunks = self.estimator.chunks
         if chunks == 1:
-            return None if chunk.border is None else self.estimator.learn(Report(chunk.border, truth, jacobian))
+            return None if chunk.border is None else self.estimator.learn(_report(chunk.border, truth, jacobian))
         self.past.append(chunk)
         if len(self.past) < chunks:
             return None
@@ -101,7 +101,7 @@ class Horizon:
         first = self.past.popleft().border
         if first is None:
             return None
-        return self.estimator.learn(Report(first, self._gradient(past, estimate, self.estimator.gamma(update)), None))
+        return self.estimator.learn(_report(first, self._gradient(past, estimate, self.estimator.gamma(update)), None))
 
     def _gradient(self, past: Sequence[Past], beyond: Tensor | None, gamma: float) -> Tensor:
         """Returns the gradient at the beginning of chunks that follow each other, at the present weights, (m, width).
@@ -143,9 +143,19 @@ class Horizon:
         self.past = deque(Past(_restored(b), s, Stretch(*stretch), whole) for b, s, stretch, whole in state["past"])
 
 
+def _report(border: Border, truth: Tensor, jacobian: Tensor | None) -> Report:
+    """Returns the report; what became of samples that had ended there is that of the sequences after them, which does not count."""
+    if border.ended is None:
+        return Report(border, truth, jacobian)
+    ended = border.ended[:, None]
+    return Report(
+        border, truth.masked_fill(ended, 0.0), None if jacobian is None else jacobian.masked_fill(ended[..., None], 0.0)
+    )
+
+
 def _stored(border: Border | None) -> list[Any] | None:
-    return None if border is None else [border.rows, border.outputs, border.ended]
+    return None if border is None else [border.rows, border.outputs, border.ended, border.begun]
 
 
 def _restored(state: list[Any] | None) -> Border | None:
-    return None if state is None else Border(state[0], state[1], state[2], None)
+    return None if state is None else Border(rows=state[0], outputs=state[1], ended=state[2], ahead=None, begun=state[3])

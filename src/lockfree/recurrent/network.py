@@ -1,5 +1,6 @@
 """A recurrent network run chunk by chunk, with sequences that end where they like."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -118,6 +119,7 @@ class Chunk:
         start: The leaves that stand for the state before it.
         state: After the steps so far, in the graph; before anything begins anew.
         ended: Samples that ended at the last step, (m,), or ``None``.
+        begun: Samples that ended at a step before that, and began anew, (m,), or ``None``.
         steps: How many so far.
         loss: Sum over them of the mean loss of each, in the graph.
         outputs: What the core gave at the last step, (m, features), in the graph.
@@ -131,6 +133,7 @@ class Chunk:
         self.start = [leaf.requires_grad_() for leaf in network.layout.leaves(own)]
         self.state = network.renewed(own, fresh, inputs)
         self.ended: Tensor | None = None
+        self.begun: Tensor | None = None
         self.steps = 0
         self.loss: Tensor = torch.zeros(())
         self.outputs: Tensor | None = None
@@ -146,6 +149,7 @@ class Chunk:
         loss = len(inputs) * objective.evaluate(scores, pytree.tree_map_only(Tensor, _joined, targets))
         self.loss = self.loss + loss if self.steps else loss
         self.outputs, self.steps = outputs[-1], self.steps + len(inputs)
+        self.begun = _any(self.begun, self.ended, None if done is None else done[:-1].any(0))
         self.ended = None if done is None else done[-1]
         return scores
 
@@ -192,6 +196,12 @@ class Chunk:
             credit = layout.parted(unit.expand(self.samples, -1))
             rows.append(layout.joined(self.gradient(torch.zeros(()), credit, keep=True)))
         return torch.stack(rows, dim=1)
+
+
+def _any(*groups: Tensor | None) -> Tensor | None:
+    """Returns the samples that are in any group; ``None`` is one of nobody."""
+    known = [group for group in groups if group is not None]
+    return functools.reduce(torch.logical_or, known) if known else None
 
 
 def _joined(tensor: Tensor) -> Tensor:

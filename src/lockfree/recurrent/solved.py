@@ -1,7 +1,6 @@
 """A linear synthesiser that is solved for instead of descended: the least squares of all it has been told, the older the less."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +84,3 @@ class _LeastSquares(StateSynthesiser):
         factor, failed = torch.linalg.cholesky_ex(regular)
         if int(failed) == 0:  # else rounding has made the sums indefinite: the last solution serves until they are not
             self.weight.copy_(torch.cholesky_solve(self.answers, factor))
-
-    def optimizer_state(self) -> Any:
-        return None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree.choose import choose
-from lockfree.recurrent.bootstrap import Bootstrap, Border, Estimator, Report, Site
+from lockfree.recurrent.bootstrap import Border, Report, Site
+from lockfree.recurrent.scaled import Scaled, ScaledEstimator
 from lockfree.synthesisers.base import zero
 
 READS = {"state": lambda border: border.rows, "output": lambda border: border.outputs}
@@ -19,14 +20,12 @@ READS = {"state": lambda border: border.rows, "output": lambda border: border.ou
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesised(Bootstrap, ABC):
+class Synthesised(Scaled, ABC):
     r"""What every synthesiser at the horizon has: it learns $G(s_t) \to \partial L_{t+1..t+n}/\partial s_t + \gamma J^T G(s_{t+n})$.
 
     J is the derivative of the state after those n steps with respect to that before them. The core is given $\beta\,G(s_{t+T})$.
 
     Attributes:
-        scale: β, how much of the synthetic gradient the core is given, 0 or more.
-        gamma: γ, how much of the next one counts in the target, 0 or more; β if ``None``. Another than β costs half a backward pass.
         steps: n, how far the target looks before it relies on the next guess, a multiple of the horizon; the horizon if ``None``.
             More runs that many steps again.
         reads: What the synthesiser sees: ``"state"``, all of it, or ``"output"``, what the core gives at the last step.
@@ -38,16 +37,11 @@ class Synthesised(Bootstrap, ABC):
         Jaderberg et al. 2016, arXiv 1608.05343, section 3.1, equation 8.
     """
 
-    scale: float = 1.0
-    gamma: float | None = None
     steps: int | None = None
     reads: str = "state"
 
     def __post_init__(self) -> None:
-        for name in ("scale", "gamma"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name}={value}: give 0 or more")
+        super().__post_init__()
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps}: give a multiple of the horizon, or None for the horizon itself")
         choose(READS, self.reads, "reads")
@@ -57,7 +51,7 @@ class Synthesised(Bootstrap, ABC):
         """Makes the synthesiser."""
 
 
-class StateSynthesiser(Estimator):
+class StateSynthesiser(ScaledEstimator):
     """A synthesiser at the horizon.
 
     Args:
@@ -73,8 +67,7 @@ class StateSynthesiser(Estimator):
     """
 
     def __init__(self, settings: Synthesised, site: Site) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings)
         self._see = READS[settings.reads]
         self.seen = (site.rows if settings.reads == "state" else site.outputs).shape[1]
         self.width = site.layout.width
@@ -82,12 +75,6 @@ class StateSynthesiser(Estimator):
         if steps % site.horizon:
             raise ValueError(f"steps={settings.steps}: give a multiple of the horizon, {site.horizon}")
         self._chunks = steps // site.horizon
-
-    def scale(self, update: int) -> float:
-        return self.settings.scale
-
-    def gamma(self, update: int) -> float:
-        return self.settings.scale if self.settings.gamma is None else self.settings.gamma
 
     @property
     def chunks(self) -> int:
