@@ -22,11 +22,6 @@ def known_rule(name: str) -> None:
         raise unknown("rule", name, RULES)
 
 
-def written(value: Any) -> str:
-    """Returns a setting as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def command_line(argv: Sequence[str]) -> str:
     """Returns what to type to do it again."""
     return shlex.join(["lockfree", *argv])

@@ -10,9 +10,11 @@ from typing import Any
 
 import tyro
 
-from lockfree.commands.shared import command_line, conclude, known_rule, written
+from lockfree import rules
+from lockfree.commands.shared import command_line, conclude, known_rule
 from lockfree.console import progress
-from lockfree.experiment import Experiment, RuleSettings, entry, parse_fields, write_report
+from lockfree.experiment import Experiment, RuleSettings, entry, write_report
+from lockfree.fields import parse_fields, written_fields
 from lockfree.launch import launch
 from lockfree.processes import first
 from lockfree.run import Run
@@ -44,7 +46,7 @@ class Train(RuleSettings):
         fields = known.pop("fields")
         return cls(
             **known,
-            set=(tuple(f"rule.{name}={written(value)}" for name, value in fields.items()),) if fields else (),
+            set=(written_fields("rule", fields),) if fields else (),
             out=out,
             resume=True,
         )
@@ -53,7 +55,7 @@ class Train(RuleSettings):
         """Trains, writes the run folder, prints the result."""
         known_rule(self.rule)
         settings = {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
-        experiment = Experiment(**settings, fields=parse_fields(self.rule, list(itertools.chain(*self.set))))
+        experiment = Experiment(**settings, fields=self._fields())
         if self.resume:
             self._check_same(experiment)
         if experiment.processes > 1 and "RANK" not in os.environ:
@@ -66,6 +68,10 @@ class Train(RuleSettings):
             title = experiment.title
             write_report(self.out / "report.html", title, [entry(experiment, result, Run.open(self.out))], command_line(argv))
         conclude([result], self.out, result if self.json else None)
+
+    def _fields(self) -> dict[str, Any]:
+        rule = type(rules.get(self.rule))
+        return parse_fields(rule, list(itertools.chain(*self.set)), prefix="rule", of=f"rule {self.rule!r}")
 
     def _check_same(self, experiment: Any) -> None:
         if self.out is None:
