@@ -8,6 +8,7 @@ from lockfree.recurrent.learner import Learnt, RecurrentLearner
 from lockfree.recurrent.solved import LeastSquaresGradient
 from lockfree.recurrent.state import Layout, State
 from lockfree.recurrent.synthetic import StateSynthesiser, Synthesised, SyntheticGradient
+from lockfree.recurrent.trainer import TaskTrainer
 
 __all__ = [
     "BOOTSTRAPS",
@@ -29,6 +30,7 @@ __all__ = [
     "StateSynthesiser",
     "Synthesised",
     "SyntheticGradient",
+    "TaskTrainer",
     "convert",
     "tasks",
 ]

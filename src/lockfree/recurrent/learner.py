@@ -17,6 +17,7 @@ from lockfree.recurrent.horizon import Horizon, Past
 from lockfree.recurrent.network import Chunk, Network, Piece, Stretch, joined
 from lockfree.recurrent.state import State
 from lockfree.rng import generators_apart, get_rng, set_rng, undisturbed
+from lockfree.rule import locks
 from lockfree.update import Update
 from lockfree.values import Values, detach, tensors
 
@@ -161,6 +162,15 @@ class RecurrentLearner:
         """What is trained beside core and readout."""
         found = [None if self._horizon is None else self._horizon.estimator, self._auxiliary]
         return [module for module in found if module is not None]
+
+    @property
+    def locks(self) -> frozenset[str]:
+        """The locks between chunks; within one, T steps keep them all.
+
+        Chunks are the blocks, later ones above: each runs on the state that the one before it leaves, so the forward lock stays; it
+        learns without waiting for those after it, unless the bootstrap looks at them.
+        """
+        return locks([self.bootstrap.needs] * 2)
 
     # ---- one chunk -----------------------------------------------------------------------------------------------------------
 
