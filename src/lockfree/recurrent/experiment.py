@@ -130,8 +130,7 @@ class TaskExperiment(TaskSettings):
     @property
     def title(self) -> str:
         """What the run is, in a few words."""
-        source = f" ({self.data})" if self.data != self.task else ""
-        return f"{self.task}{source}: {self.means}"
+        return f"{self.bootstrap} on {self.task}"
 
     @property
     def means(self) -> str:
