@@ -251,7 +251,9 @@ class RecurrentLearner:
             synthetic, auxiliary = self._descend(chunk, loss, joined(pieces), whole, following, rest)
         finally:
             self._drop()
-        self._state, self._fresh, self._last = following, ended, chunk.last
+        self._state, self._fresh = following, ended
+        # A copy: a view would keep the whole stretch alive.
+        self._last = None if self._auxiliary is None else pytree.tree_map_only(Tensor, torch.clone, chunk.last)
         self.updates += 1
         return Learnt(
             chunk.steps, 1, [chunk.loss.detach()], *([one] if one is not None else [] for one in (synthetic, auxiliary))
