@@ -418,6 +418,28 @@ def test_fields_are_read_by_their_types_and_written_back():
     assert build(LeastSquaresGradient, fields) == LeastSquaresGradient(scale=0.5, every=3)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    first: int = 5
+    words: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner = Inner()
+    beside: float = 0.0
+
+
+def test_fields_of_fields_are_written_with_dots():
+    given = ("it.inner.first=7", "it.inner.words=1,2", "it.beside=0.5")
+    fields = parse_fields(Outer, given, prefix="it", of="it")
+    assert fields == {"inner": {"first": 7, "words": (1, 2)}, "beside": 0.5}
+    assert written_fields("it", fields) == given
+    assert build(Outer, json.loads(json.dumps(fields))) == Outer(inner=Inner(first=7, words=(1, 2)), beside=0.5)
+    with pytest.raises(ValueError, match="unknown field of it 'frist': did you mean 'first'"):
+        parse_fields(Outer, ["it.inner.frist=7"], prefix="it", of="it")
+
+
 # ---- the command line --------------------------------------------------------------------------------------------------------
 
 TRAIN = ("train", "--task", "copy", "--units", "6", "--batch", "4", "--horizon", "2", "--epochs", "2", "--stretches", "3")
