@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import lockfree as lf
 from lockfree import checkpoint, models
+from lockfree.fields import parse_fields
 from lockfree.heads import Head
 from lockfree.readouts import order_of, order_on_evaluated
 
@@ -689,12 +690,16 @@ def test_sigmas_must_be_as_many_as_tensors(readout):
             learner_of(built(beside), HSIC(sigma=(1.0, 2.0, 3.0), readout=readout), x)
 
 
-def test_sigma_can_be_set_on_the_command_line():
-    from lockfree.experiment import parse_fields
-
-    assert parse_fields("hsic", ["rule.sigma=3"]) == {"sigma": 3.0}
-    assert parse_fields("hsic", ["rule.sigma=1,5,10"]) == {"sigma": (1.0, 5.0, 10.0)}
-    assert parse_fields("hsic", ["rule.sigma=none", "rule.balance=7"]) == {"sigma": None, "balance": 7.0}
+@pytest.mark.parametrize(
+    ("assignments", "fields"),
+    [
+        (["rule.sigma=3"], {"sigma": 3.0}),
+        (["rule.sigma=1,5,10"], {"sigma": (1.0, 5.0, 10.0)}),
+        (["rule.sigma=none", "rule.balance=7"], {"sigma": None, "balance": 7.0}),
+    ],
+)
+def test_sigma_can_be_set_on_the_command_line(assignments, fields):
+    assert parse_fields(HSIC, assignments, prefix="rule", of="rule 'hsic'") == fields
 
 
 @pytest.mark.parametrize(

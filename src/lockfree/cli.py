@@ -14,6 +14,7 @@ import tyro
 from lockfree.choose import choose
 from lockfree.commands import COMMANDS, Command
 from lockfree.commands.train import Train
+from lockfree.commands.train_task import TrainTask
 from lockfree.executors import ProcessLost
 from lockfree.launch import LOST, end_with_launcher, launched
 from lockfree.run import Run
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launched():
         end_with_launcher()
     try:
-        command = _parse(arguments[0], choose(COMMANDS, arguments[0], "command"), arguments[1:])
+        command = _parse(*_named(arguments), arguments[1:])
         command.run(arguments)
     except BrokenPipeError:  # whoever read our output has gone
         return 0
@@ -68,6 +69,20 @@ def _usage() -> str:
     )
 
 
+def _named(arguments: Sequence[str]) -> tuple[str, type[Command]]:
+    """Returns the command that is asked for, and its name; training on a task is one of its own."""
+    name, folder = arguments[0], _out(arguments)
+    command = choose(COMMANDS, name, "command")
+    if command is not Train:
+        return name, command
+    asked = any(argument.partition("=")[0] == "--task" for argument in arguments)
+    goes_on = "--resume" in arguments and folder is not None and "task" in Run.open(folder).config
+    if not (asked or goes_on):
+        return name, command
+    TrainTask.refuse(arguments)
+    return f"{name} --task TASK", TrainTask
+
+
 def _parse(name: str, command: type[Command], arguments: Sequence[str]) -> Command:
     """Parses a command's arguments; tyro's framed complaint becomes one line."""
     said = io.StringIO()
@@ -90,8 +105,8 @@ def _first_words(framed: str) -> str:
 def _defaults(command: type[Command], arguments: Sequence[str]) -> Any:
     """With --resume, what is left out means what the run was started with, not the command's defaults."""
     folder = _out(arguments)
-    if command is Train and "--resume" in arguments and folder is not None:
-        return Train.of(Run.open(folder).config, folder)
+    if issubclass(command, Train | TrainTask) and "--resume" in arguments and folder is not None:
+        return command.of(Run.open(folder).config, folder)
     return tyro.MISSING_NONPROP
 
 

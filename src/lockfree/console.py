@@ -35,18 +35,30 @@ def short(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def _accuracy(values: dict[str, Any]) -> str:
+    accuracy = values.get("val_accuracy")
+    return f", accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
+
+
 @contextlib.contextmanager
-def progress(epochs: int, *, quiet: bool, label: str = "training") -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Shows training: a bar on a terminal, a line an epoch when piped, nothing on standard output with --json."""
+def progress(
+    epochs: int, *, quiet: bool, label: str = "training", told: Callable[[dict[str, Any]], str] = _accuracy
+) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Shows training: a bar on a terminal, a line an epoch when piped, nothing on standard output with --json.
+
+    Args:
+        epochs: How many there will be.
+        quiet: Whether standard output is left to --json.
+        label: What is going on.
+        told: Writes what an epoch's line says after its loss.
+    """
     stream = sys.stderr if quiet else sys.stdout
     if not stream.isatty():
 
         def line(kind: str, values: dict[str, Any]) -> None:
             if kind == "epoch":
-                accuracy = values.get("val_accuracy")
-                tail = f", accuracy {100 * accuracy:.2f} %" if accuracy is not None else ""
-                loss = values["train_loss"]
-                print(f"{label}: epoch {values['epoch']}/{epochs}, loss {short(loss)}{tail}", file=stream, flush=True)
+                loss = short(values["train_loss"])
+                print(f"{label}: epoch {values['epoch']}/{epochs}, loss {loss}{told(values)}", file=stream, flush=True)
 
         yield line
         return

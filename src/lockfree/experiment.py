@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import math
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from lockfree import many_workers, models, rules
-from lockfree.choose import choose, unknown
+from lockfree.choose import choose
 from lockfree.convert import convert
 from lockfree.data import Dataset, TensorLoader, data_root, load
 from lockfree.learner import Learner
@@ -337,59 +335,6 @@ def check_device(name: str) -> None:
     here = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
     if (device.index or 0) >= here:
         raise ValueError(f"no device {name!r} on this machine: give cpu" + (" or cuda" if torch.cuda.is_available() else ""))
-
-
-def parse_fields(rule: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """Reads ``rule.FIELD=VALUE`` assignments for a rule, each value by the field's type.
-
-    Raises:
-        ValueError: If an assignment has another form, the rule has no such field, or the value is of another type.
-
-    Example:
-        >>> parse_fields("dni", ["rule.hidden_layers=2", "rule.borders=0,2"])
-        {'hidden_layers': 2, 'borders': (0, 2)}
-    """
-    rule_class = type(rules.get(rule))
-    types_of = typing.get_type_hints(rule_class)
-    names = [entry.name for entry in dataclasses.fields(rule_class)]
-    parsed = {}
-    for assignment in assignments:
-        left, equals, value = assignment.partition("=")
-        name = left.removeprefix("rule.")
-        if not equals or name == left:
-            raise ValueError(
-                f"--set {assignment!r}: write rule.FIELD=VALUE, FIELD one of {', '.join(names) or 'none for this rule'}"
-            )
-        if name not in names:
-            raise unknown(f"field of rule {rule!r}", name, names or ["(it has none)"])
-        try:
-            parsed[name] = _parse(value, types_of[name])
-        except ValueError:
-            raise ValueError(f"--set {assignment!r}: {name} is {_describe(types_of[name])}, not {value!r}") from None
-    return parsed
-
-
-def _parse(text: str, kind: Any) -> Any:
-    """Reads a value as a bool, int, float, str, tuple of them (with commas), or None where the type allows it."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if types.NoneType in options and text.lower() == "none":
-        return None
-    *others, kind = sorted((option for option in options if option is not types.NoneType), key=_is_tuple)
-    if others and not (_is_tuple(kind) and "," in text):  # one, or several with commas
-        kind = others[0]
-    if kind is bool:
-        return choose({"true": True, "1": True, "false": False, "0": False}, text.lower(), "truth value")
-    if _is_tuple(kind):
-        return tuple(typing.get_args(kind)[0](part) for part in text.split(",") if part)
-    return kind(text)
-
-
-def _is_tuple(kind: Any) -> bool:
-    return typing.get_origin(kind) is tuple
-
-
-def _describe(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def entry(experiment: Experiment, result: dict[str, Any], run: Run | None) -> Entry:

@@ -1,7 +1,7 @@
 """Counting the bytes that autograd keeps alive for backward passes, on any device."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -39,9 +39,13 @@ class ActivationMeter:
         self._own: set[int] = set()
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Counts what is saved inside; graphs that outlive it are still counted down when they are freed."""
-        own = (tensor for module in self._modules for tensor in [*module.parameters(), *module.buffers()])
+    def watch(self, besides: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Counts what is saved inside; graphs that outlive it are still counted down when they are freed.
+
+        Args:
+            besides: Tensors that are left out, too, such as the batch; with all that share their memory.
+        """
+        own = [tensor for module in self._modules for tensor in [*module.parameters(), *module.buffers()]] + list(besides)
         self._own = {tensor.untyped_storage().data_ptr() for tensor in own}
         _watching.append(self)
         try:

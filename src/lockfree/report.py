@@ -15,6 +15,21 @@ from lockfree.schedule import Kind
 # The table's columns in their order, and which of a column's numbers is the best one.
 _QUANTITIES = {"test_accuracy": max, "test_loss": min, "seconds": min}
 _QUANTITIES |= {"samples_per_second": max, "peak_activation_bytes": min}
+_LABELS = {
+    "test_accuracy": "test accuracy",
+    "test_loss": "test loss",
+    "seconds": "time",
+    "samples_per_second": "samples per second",
+    "peak_activation_bytes": "peak activation memory",
+}
+_CHARTS = {
+    "loss": "Training loss",
+    "train_loss": "Training loss",
+    "val_accuracy": "Validation accuracy",
+    "val_loss": "Validation loss",
+    "synthetic_loss": "Loss of the synthetic gradient",
+    "auxiliary_loss": "Loss of the auxiliary task",
+}
 _Point = tuple[float, float | None]
 
 
@@ -40,6 +55,26 @@ class Span(NamedTuple):
     end: float
 
 
+class Measure(NamedTuple):
+    """What a task of its own kind is judged by, in place of accuracy.
+
+    Attributes:
+        key: Its name in a result.
+        curve: Its name in the metrics lines of kind "epoch".
+        label: Its name in words.
+        larger_is_better: Whether more of it is better.
+
+    Example:
+        >>> Measure(key="test_bits", curve="bits", label="bits per character", larger_is_better=False).curve
+        'bits'
+    """
+
+    key: str
+    curve: str
+    label: str
+    larger_is_better: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One rule's part of a report.
@@ -50,7 +85,9 @@ class Entry:
         result: `test_accuracy` (0 to 1) or `test_loss`, `seconds`, `samples_per_second`, `peak_activation_bytes`,
             `locks`, `data`, `seed` and `epochs`; whatever is missing, None or nan is shown as a dash.
         history: Metrics lines: kind "step" with `step` and `loss`; kind "epoch" with `epoch`, `train_loss`, `val_loss`,
-            `val_accuracy` and `seconds` since the run began.
+            `val_accuracy` and `seconds` since the run began, or what `measure` says; `synthetic_loss` and `auxiliary_loss` of an
+            epoch are drawn, too.
+        measure: What the result is judged by, if not accuracy or loss.
         timeline: What each cell did when.
         citation: Whose work it is; an arXiv number or address in it becomes a link.
 
@@ -63,6 +100,7 @@ class Entry:
     title: str
     result: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]] = ()
+    measure: Measure | None = None
     timeline: Sequence[Span] = ()
     citation: str = ""
 
@@ -137,7 +175,7 @@ def render(title: str, entries: Sequence[Entry], *, command: str = "", notes: Se
         version=version(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         entries=entries,
-        columns=_columns([entry.result for entry in entries]),
+        columns=_columns(entries),
         charts=_charts(entries),
         timeline=_panels(entries),
         drawings=_probed(entries) + _by_workers(entries),
@@ -171,17 +209,25 @@ def write(path: Path, title: str, entries: Sequence[Entry], *, command: str = ""
     write_atomically(path, render(title, entries, command=command, notes=notes))
 
 
-def _columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _measures(entries: Sequence[Entry]) -> list[Measure]:
+    """What entries are judged by beside accuracy and loss, each once."""
+    return list(dict.fromkeys(entry.measure for entry in entries if entry.measure is not None))
+
+
+def _columns(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """The table's numbers, column by column, with the best one where they differ."""
-    columns = []
-    for key, better in _QUANTITIES.items():
+    measures = _measures(entries)
+    quantities = {one.key: max if one.larger_is_better else min for one in measures} | _QUANTITIES
+    labels = {one.key: f"test {one.label}" if one.key != one.curve else one.label for one in measures} | _LABELS
+    results, columns = [entry.result for entry in entries], []
+    for key, better in quantities.items():
         given = [result.get(key) is not None for result in results]
         if key.startswith("test_") and not any(given):
             continue
         values = [_number(result.get(key)) for result in results]
         finite = [value for value in values if value is not None]
         best = better(finite) if len(set(finite)) > 1 else None
-        columns.append({"key": key, "values": values, "given": given, "best": best})
+        columns.append({"key": key, "label": labels[key], "values": values, "given": given, "best": best})
     return columns
 
 
@@ -190,13 +236,19 @@ def _charts(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         return [_points([line for line in entry.history if line.get("kind") == kind], x, y) for entry in entries]
 
     accuracies, losses = (curves("epoch", "epoch", y) for y in ("val_accuracy", "val_loss"))
-    wanted = ["val_accuracy"] if any(accuracies) else []
+    titles = _CHARTS | {one.curve: one.label.capitalize() for one in _measures(entries)}
+    wanted = [one.curve for one in _measures(entries)]
+    wanted += ["val_accuracy"] if any(accuracies) else []
     # A loss is drawn as well where accuracy alone would leave a rule out.
     if any(loss and not accuracy for accuracy, loss in zip(accuracies, losses, strict=True)):
         wanted.append("val_loss")
-    charts = [_chart("loss", "step", curves("step", "step", "loss"))]
-    charts += [_chart(y, x, curves("epoch", x, y)) for y in wanted for x in ("epoch", "seconds")]
-    return [chart for chart in charts if chart]
+    steps = curves("step", "step", "loss")
+    # Where steps were not logged, epochs have their mean.
+    found = [("loss", "step", steps)] if any(steps) else [("train_loss", "epoch", curves("epoch", "epoch", "train_loss"))]
+    found += [(y, x, curves("epoch", x, y)) for y in wanted for x in ("epoch", "seconds")]
+    found += [(y, "epoch", curves("epoch", "epoch", y)) for y in ("synthetic_loss", "auxiliary_loss")]
+    charts = [(y, _chart(y, x, lines)) for y, x, lines in found]
+    return [{"title": titles[y], **chart} for y, chart in charts if chart]
 
 
 def _points(lines: Sequence[Mapping[str, Any]], x: str, y: str) -> list[_Point]:
@@ -223,7 +275,9 @@ def _chart(y: str, x: str, curves: Sequence[Sequence[_Point]]) -> dict[str, Any]
     scale = math.log10 if decades else float
     margin = 0.0 if high > low else max(abs(high) / 10, 0.05)
     steps = [1, 10] if decades else [1, 2, 2.5, 5, 10]
-    y_ticks = [float(t) for t in MaxNLocator(5, steps=steps).tick_values(scale(low) - margin, scale(high) + margin)]
+    whole = all(value.is_integer() for value in heights)  # a count has no parts
+    places = MaxNLocator(5, steps=steps, integer=whole)
+    y_ticks = [float(t) for t in places.tick_values(scale(low) - margin, scale(high) + margin)]
     right = max(at for curve in curves for at, _ in curve) or 1.0
     x_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=x != "seconds").tick_values(0, right)
 

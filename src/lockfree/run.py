@@ -274,7 +274,7 @@ def _describe(folder: Path) -> str:
         config = Run.open(folder).config
     except ValueError:
         return f"its {_CONFIG} cannot be read"
-    return ", ".join(f"{key} {config[key]}" for key in ("rule", "data", "seed", "started") if key in config)
+    return ", ".join(f"{key} {config[key]}" for key in ("rule", "task", "data", "seed", "started") if key in config)
 
 
 def _cut_torn_line(file: Any) -> None:

@@ -19,6 +19,7 @@ from lockfree.memory import ActivationMeter
 from lockfree.probes import Probe, View
 from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.run import Run
+from lockfree.schedulers import Schedulers
 from lockfree.values import Values, batch_size
 
 Sink = Callable[[str, dict[str, Any]], None]
@@ -132,7 +133,7 @@ class Trainer:
     ) -> None:
         self.learner = learner
         self._sinks, self._log_every, self._checkpoint_every = list(sinks), log_every, checkpoint_every
-        self._schedulers = [scheduler] if isinstance(scheduler, LRScheduler) else list(scheduler or ())
+        self._schedulers = Schedulers(scheduler)
         self._probes, self._probe_data = list(probes), probe_data
         self._resume, self._saves = resume, run is not None
         self._untold: tuple[StepResult, int] | None = None
@@ -279,8 +280,7 @@ class Trainer:
             values |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
         self._tell("epoch", values | {"seconds": progress.seconds}, write=True)
         self._look(end_of_epoch=True)
-        for scheduler in self._schedulers:
-            scheduler.step()
+        self._schedulers.step()
         progress.batch, progress.loss_sum, progress.loss_count = 0, 0.0, 0
 
     def _look(self, *, end_of_epoch: bool = False) -> bool:
@@ -331,7 +331,7 @@ class Trainer:
             "progress": progress,
             "loader": loader.state_dict() if isinstance(loader, Stateful) else None,
             "start_of_epoch": start_of_epoch,
-            "schedulers": [_plain(scheduler.state_dict()) for scheduler in self._schedulers],
+            "schedulers": self._schedulers.states(),
         }
         if self.run is not None and self.learner.leads:
             self.run.save_checkpoint(self.learner.steps, state)
@@ -347,8 +347,7 @@ class Trainer:
         if isinstance(loader, Stateful) and state["loader"] is not None:
             loader.load_state_dict(state["loader"])
         self.learner.load_state_dict(state["learner"])  # after the loader's: it sets the random generators
-        for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=False):
-            scheduler.load_state_dict(saved)
+        self._schedulers.load(state["schedulers"])
         self.learner.trace()  # what is done from here on is told with the next checkpoint
         if self.learner.leads:
             self.run.rewind(step)
@@ -382,8 +381,3 @@ def evaluate(learner: Learner, loader: Iterable) -> Evaluation:
 def _are_classes(scores: Any, y: Any) -> bool:
     tensors = isinstance(scores, Tensor) and isinstance(y, Tensor)
     return tensors and scores.dim() == 2 and y.dtype == torch.int64 and y.shape == scores.shape[:1]
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """Keeps of a scheduler's state what a checkpoint can hold; functions are the caller's to pass again."""
-    return {name: value for name, value in state.items() if not callable(value)}

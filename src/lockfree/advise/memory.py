@@ -126,23 +126,14 @@ def measure(task: Task, candidate: Candidate) -> tuple[Learner, Memory]:
         "auxiliary": _bytes([*networks.parameters(), *networks.buffers(), *_states(learner.auxiliary_optimizer)]),
         "batch": _bytes(tensors((x, y))),
     }
-    meter, allocations = ActivationMeter(model, networks, _Batch((x, y))), AllocationMeter()
+    meter, allocations = ActivationMeter(model, networks), AllocationMeter()
     allocations.ignore([*model.parameters(), *model.buffers(), *networks.parameters(), *networks.buffers(), *tensors((x, y))])
-    with meter.watch(), allocations:
+    with meter.watch(tensors((x, y))), allocations:
         learner.step(x, y)
     total = sum(held.values()) + allocations.peak if total is None else total
     held["auxiliary"] += _bytes([p for p in networks.parameters() if p.requires_grad])
     gradients = _bytes([p for p in model.parameters() if p.requires_grad])
     return learner, Memory(**held, gradients=gradients, saved=meter.peak, total=total)
-
-
-class _Batch(nn.Module):
-    """A batch in the shape in which an `ActivationMeter` is told to leave it out."""
-
-    def __init__(self, batch: Any) -> None:
-        super().__init__()
-        for index, tensor in enumerate(tensors(batch)):
-            self.register_buffer(f"tensor_{index}", tensor)
 
 
 def _bytes(held: Iterable[Tensor]) -> int:

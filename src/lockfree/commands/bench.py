@@ -16,7 +16,7 @@ class Bench:
     """Measure speed or memory, as ratios of things measured in turn on this machine.
 
     Args:
-        name: Which benchmark: step, synthetic, hsic, memory, depth, pipeline or server.
+        name: Which benchmark: step, synthetic, hsic, memory, depth, pipeline, server or recurrent.
         json: Print one JSON object.
     """
 

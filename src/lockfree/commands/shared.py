@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from lockfree.choose import unknown
 from lockfree.console import human_bytes, print_table
 from lockfree.rules import RULES
 from lockfree.run import Run
+from lockfree.sinks import TensorBoard
+from lockfree.trainer import Sink
 
 
 def known_rule(name: str) -> None:
@@ -20,11 +22,6 @@ def known_rule(name: str) -> None:
     """
     if name not in RULES:
         raise unknown("rule", name, RULES)
-
-
-def written(value: Any) -> str:
-    """Returns a setting as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def command_line(argv: Sequence[str]) -> str:
@@ -40,17 +37,70 @@ def finished(folder: Path, epochs: int) -> dict[str, Any] | None:
     return result if result and result["epochs"] >= epochs else None
 
 
-def conclude(results: Sequence[dict[str, Any]], out: Path | None, whole: dict[str, Any] | None) -> None:
-    """Prints the table and where the report is, or the whole as one JSON object."""
+def check_same(settings: Mapping[str, Any], out: Path | None, *, free: Sequence[str]) -> None:
+    """Refuses to go on with a run that was started with other settings.
+
+    Args:
+        settings: What it would go on with.
+        out: Its folder.
+        free: Settings that may change.
+
+    Raises:
+        ValueError: With the first that differs, or if there is no folder.
+    """
+    if out is None:
+        raise ValueError("--resume needs the folder of the run: give --out")
+    before = Run.open(out).config
+    for name, value in settings.items():
+        same = json.dumps(before.get(name, value), sort_keys=True) == json.dumps(value, sort_keys=True)
+        if name not in free and not same:  # an older run lacks newer settings
+            raise ValueError(
+                f"{out} was started with {name}={before.get(name)}, not {value}: leave it out, or choose another --out"
+            )
+
+
+def tensorboard(wanted: bool, out: Path | None) -> list[Sink]:
+    """Returns the sink that --tensorboard asks for, if it does.
+
+    Raises:
+        ValueError: If there is no folder to write to.
+    """
+    if not wanted:
+        return []
+    if out is None:
+        raise ValueError("--tensorboard writes into the run folder: give --out")
+    return [TensorBoard(out / "tensorboard")]
+
+
+def _accuracy(result: Mapping[str, Any]) -> str:
+    accuracy = result["test_accuracy"]
+    return f"{100 * accuracy:.2f} %" if accuracy is not None else f"loss {result['test_loss']:.4f}"
+
+
+def conclude(
+    results: Sequence[dict[str, Any]],
+    out: Path | None,
+    whole: dict[str, Any] | None,
+    *,
+    heads: tuple[str, str] = ("rule", "test accuracy"),
+    judged: Callable[[Mapping[str, Any]], str] = _accuracy,
+) -> None:
+    """Prints the table and where the report is, or the whole as one JSON object.
+
+    Args:
+        results: What came out, a row each.
+        out: The run folder, if there is one.
+        whole: What is printed in place of the table.
+        heads: Of the first two columns: what ``rule`` of a result is called, and what it is judged by.
+        judged: Writes what a result is judged by.
+    """
     if whole is not None:
         print(json.dumps(whole | ({"out": str(out)} if out else {})))
         return
     rows = [
         [
             result["rule"],
-            f"{100 * result['test_accuracy']:.2f} %"
-            if result["test_accuracy"] is not None
-            else f"loss {result['test_loss']:.4f}",
+            judged(result),
             f"{result['seconds']:.1f}",
             f"{result['samples_per_second']:,.0f}",
             human_bytes(result["peak_activation_bytes"]),
@@ -58,7 +108,7 @@ def conclude(results: Sequence[dict[str, Any]], out: Path | None, whole: dict[st
         ]
         for result in results
     ]
-    print_table(["rule", "test accuracy", "seconds", "samples/s", "peak activations", "locks kept"], rows)
+    print_table([*heads, "seconds", "samples/s", "peak activations", "locks kept"], rows)
     if out is not None:
         print(f"report: {out / 'report.html'}")
 

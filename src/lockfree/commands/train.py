@@ -1,7 +1,6 @@
 """`lockfree train`."""
 
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +9,19 @@ from typing import Any
 
 import tyro
 
-from lockfree.commands.shared import command_line, conclude, known_rule, written
+from lockfree import rules
+from lockfree.commands.shared import check_same, command_line, conclude, known_rule, tensorboard
 from lockfree.console import progress
-from lockfree.experiment import Experiment, RuleSettings, entry, parse_fields, write_report
+from lockfree.experiment import Experiment, RuleSettings, entry, write_report
+from lockfree.fields import parse_fields, written_fields
 from lockfree.launch import launch
 from lockfree.processes import first
 from lockfree.run import Run
-from lockfree.sinks import TensorBoard
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train(RuleSettings):
-    """Train one network by one rule.
+    """Train one network by one rule; with --task, a recurrent one (see lockfree train --task TASK --help).
 
     Attributes:
         set: Hyperparameters of the rule, as rule.FIELD=VALUE.
@@ -44,7 +44,7 @@ class Train(RuleSettings):
         fields = known.pop("fields")
         return cls(
             **known,
-            set=(tuple(f"rule.{name}={written(value)}" for name, value in fields.items()),) if fields else (),
+            set=(written_fields("rule", fields),) if fields else (),
             out=out,
             resume=True,
         )
@@ -53,13 +53,13 @@ class Train(RuleSettings):
         """Trains, writes the run folder, prints the result."""
         known_rule(self.rule)
         settings = {name: value for name, value in vars(self).items() if name not in _NOT_SETTINGS}
-        experiment = Experiment(**settings, fields=parse_fields(self.rule, list(itertools.chain(*self.set))))
+        experiment = Experiment(**settings, fields=self._fields())
         if self.resume:
-            self._check_same(experiment)
+            check_same(experiment.config(), self.out, free=("epochs", "processes"))
         if experiment.processes > 1 and "RANK" not in os.environ:
             raise SystemExit(launch(argv, experiment.processes))
         with progress(experiment.epochs, quiet=self.json) as show:
-            result = experiment.run(self.out, resume=self.resume, sinks=[show, *self._tensorboard()])
+            result = experiment.run(self.out, resume=self.resume, sinks=[show, *tensorboard(self.tensorboard, self.out)])
         if not first():
             return
         if self.out is not None:
@@ -67,24 +67,9 @@ class Train(RuleSettings):
             write_report(self.out / "report.html", title, [entry(experiment, result, Run.open(self.out))], command_line(argv))
         conclude([result], self.out, result if self.json else None)
 
-    def _check_same(self, experiment: Any) -> None:
-        if self.out is None:
-            raise ValueError("--resume needs the folder of the run: give --out")
-        before = Run.open(self.out).config
-        for name, value in experiment.config().items():
-            if name not in ("epochs", "processes") and json.dumps(before.get(name, value)) != json.dumps(
-                value
-            ):  # an older run lacks newer settings
-                raise ValueError(
-                    f"{self.out} was started with {name}={before.get(name)}, not {value}: leave it out, or choose another --out"
-                )
-
-    def _tensorboard(self) -> list[Any]:
-        if not self.tensorboard:
-            return []
-        if self.out is None:
-            raise ValueError("--tensorboard writes into the run folder: give --out")
-        return [TensorBoard(self.out / "tensorboard")]
+    def _fields(self) -> dict[str, Any]:
+        rule = type(rules.get(self.rule))
+        return parse_fields(rule, list(itertools.chain(*self.set)), prefix="rule", of=f"rule {self.rule!r}")
 
 
 _NOT_SETTINGS = ("set", "out", "resume", "tensorboard", "json")

@@ -13,6 +13,7 @@ from lockfree.recurrent.scaled import Scaled, ScaledEstimator
 from lockfree.recurrent.solved import LeastSquaresGradient
 from lockfree.recurrent.state import Layout, State
 from lockfree.recurrent.synthetic import StateSynthesiser, Synthesised, SyntheticGradient
+from lockfree.recurrent.trainer import TaskTrainer
 
 __all__ = [
     "BOOTSTRAPS",
@@ -41,6 +42,7 @@ __all__ = [
     "StateSynthesiser",
     "Synthesised",
     "SyntheticGradient",
+    "TaskTrainer",
     "WarmRestarts",
     "convert",
     "tasks",

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lockfree.recurrent.state import Layout
+from lockfree.rule import Needs
 
 
 class Site(NamedTuple):
@@ -112,7 +113,13 @@ class Estimator(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Bootstrap(ABC):
-    """What stands for the gradient from beyond the horizon; its fields are its hyperparameters."""
+    """What stands for the gradient from beyond the horizon; its fields are its hyperparameters.
+
+    Attributes:
+        needs: What must have arrived before a chunk may learn, where chunks are blocks and later ones are above.
+    """
+
+    needs: ClassVar[Needs] = Needs.TARGET
 
     @abstractmethod
     def estimator(self, site: Site) -> Estimator | None:
@@ -154,6 +161,8 @@ class Oracle(Bootstrap):
         >>> Oracle()
         Oracle()
     """
+
+    needs: ClassVar[Needs] = Needs.ABOVE
 
     def estimator(self, site: Site) -> Estimator:
         """Makes one that looks ahead."""

@@ -18,6 +18,7 @@ from lockfree.recurrent.network import Chunk, Network, Piece, Stretch, joined
 from lockfree.recurrent.state import State
 from lockfree.restore import Undo, same_tensors
 from lockfree.rng import generators_apart, get_rng, set_rng, undisturbed
+from lockfree.rule import locks
 from lockfree.update import Update
 from lockfree.values import Values, detach, tensors
 
@@ -165,6 +166,15 @@ class RecurrentLearner:
         found = [None if self._horizon is None else self._horizon.estimator, self._auxiliary]
         return [module for module in found if module is not None]
 
+    @property
+    def locks(self) -> frozenset[str]:
+        """The locks between chunks; within one, T steps keep them all.
+
+        Chunks are the blocks, later ones above: each runs on the state that the one before it leaves, so the forward lock stays; it
+        learns without waiting for those after it, unless the bootstrap looks at them.
+        """
+        return locks([self.bootstrap.needs] * 2)
+
     # ---- one chunk -----------------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
@@ -249,7 +259,9 @@ class RecurrentLearner:
             raise
         finally:
             self._drop()
-        self._state, self._fresh, self._last = following, ended, chunk.last
+        self._state, self._fresh = following, ended
+        # A copy: a view would keep the whole stretch alive.
+        self._last = None if self._auxiliary is None else pytree.tree_map_only(Tensor, torch.clone, chunk.last)
         self.updates += 1
         return Learnt(
             chunk.steps, 1, [chunk.loss.detach()], *([one] if one is not None else [] for one in (synthetic, auxiliary))
