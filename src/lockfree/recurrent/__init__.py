@@ -2,8 +2,10 @@
 
 from lockfree.recurrent import tasks
 from lockfree.recurrent.bootstrap import Bootstrap, Border, Estimator, NoBootstrap, Oracle, Report, Site
+from lockfree.recurrent.clocks import Ticked, TwoClocks
 from lockfree.recurrent.convert import BOOTSTRAPS, convert
 from lockfree.recurrent.cores import Encoded, OneHot, Stacked
+from lockfree.recurrent.couplings import COUPLINGS, Coupled, Coupling, Decoupled, Severed
 from lockfree.recurrent.learner import Learnt, RecurrentLearner
 from lockfree.recurrent.solved import LeastSquaresGradient
 from lockfree.recurrent.state import Layout, State
@@ -11,8 +13,12 @@ from lockfree.recurrent.synthetic import StateSynthesiser, Synthesised, Syntheti
 
 __all__ = [
     "BOOTSTRAPS",
+    "COUPLINGS",
     "Bootstrap",
     "Border",
+    "Coupled",
+    "Coupling",
+    "Decoupled",
     "Encoded",
     "Estimator",
     "Layout",
@@ -23,12 +29,15 @@ __all__ = [
     "Oracle",
     "RecurrentLearner",
     "Report",
+    "Severed",
     "Site",
     "Stacked",
     "State",
     "StateSynthesiser",
     "Synthesised",
     "SyntheticGradient",
+    "Ticked",
+    "TwoClocks",
     "convert",
     "tasks",
 ]
