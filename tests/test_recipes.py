@@ -45,7 +45,7 @@ def test_every_trial_of_every_recipe_can_be_made(name, budget):
     assert recipe.budget == budget
     dataset = load_once("digits", "cpu")
     for trial in recipe.trials:
-        if trial.seed == 0 and trial.network == "fcn":
+        if isinstance(trial, RuleTrial) and trial.seed == 0 and trial.network == "fcn":
             narrow = {"hidden_units": 8} if trial.rule in ("dni", "cdni") else {}
             small = replace(trial, data="digits", units=8, fields=trial.fields | narrow)
             assert len(small.learner(dataset).cells) == trial.layers

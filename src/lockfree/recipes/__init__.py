@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+from lockfree.recipes.clock_trial import ClockTrial
 from lockfree.recipes.critics import sobolev_critics
 from lockfree.recipes.gradient_noise import dni_noise
 from lockfree.recipes.jaderberg2016 import dni_sparse_updates, dni_table1, dni_unlocked
 from lockfree.recipes.ma2019 import hsic_depth, hsic_format, hsic_resnet, hsic_sigma, hsic_unformatted
+from lockfree.recipes.multi_network import dni_multi_network
 from lockfree.recipes.recipe import Recipe
 from lockfree.recipes.rule_trial import RuleTrial
 from lockfree.recipes.run import run
@@ -19,6 +21,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "dni-sparse-updates": dni_sparse_updates,
     "dni-unlocked": dni_unlocked,
     "dni-noise": dni_noise,
+    "dni-multi-network": dni_multi_network,
     "sobolev-critics": sobolev_critics,
     "hsic-unformatted": hsic_unformatted,
     "hsic-format": hsic_format,
@@ -31,4 +34,4 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
 }
 """Every recipe by its command-line name; it takes a budget: smoke, small or full."""
 
-__all__ = ["RECIPES", "Recipe", "RuleTrial", "ServerTrial", "Trial", "run"]
+__all__ = ["RECIPES", "ClockTrial", "Recipe", "RuleTrial", "ServerTrial", "Trial", "run"]

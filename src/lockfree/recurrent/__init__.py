@@ -3,9 +3,11 @@
 from lockfree.recurrent import tasks
 from lockfree.recurrent.alternation import Alternating, WarmRestarts
 from lockfree.recurrent.bootstrap import Bootstrap, Border, Estimator, NoBootstrap, Oracle, Report, Site
+from lockfree.recurrent.clocks import Ticked, TwoClocks
 from lockfree.recurrent.convert import BOOTSTRAPS, convert
 from lockfree.recurrent.coordinatewise import CoordinatewiseSynthesiser
 from lockfree.recurrent.cores import Encoded, OneHot, Stacked
+from lockfree.recurrent.couplings import COUPLINGS, Coupled, Coupling, Decoupled, Severed
 from lockfree.recurrent.eligibility import BPLambda
 from lockfree.recurrent.learner import Learnt, RecurrentLearner
 from lockfree.recurrent.remembering import RecurrentSynthesiser, Remembering
@@ -17,11 +19,15 @@ from lockfree.recurrent.trainer import TaskTrainer
 
 __all__ = [
     "BOOTSTRAPS",
+    "COUPLINGS",
     "Alternating",
     "BPLambda",
     "Bootstrap",
     "Border",
     "CoordinatewiseSynthesiser",
+    "Coupled",
+    "Coupling",
+    "Decoupled",
     "Encoded",
     "Estimator",
     "Layout",
@@ -36,6 +42,7 @@ __all__ = [
     "Report",
     "Scaled",
     "ScaledEstimator",
+    "Severed",
     "Site",
     "Stacked",
     "State",
@@ -43,6 +50,8 @@ __all__ = [
     "Synthesised",
     "SyntheticGradient",
     "TaskTrainer",
+    "Ticked",
+    "TwoClocks",
     "WarmRestarts",
     "convert",
     "tasks",

@@ -7,7 +7,7 @@ dataclass) makes an `Estimator` (what is alive) that says it, and learns from wh
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn

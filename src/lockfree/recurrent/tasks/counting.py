@@ -12,7 +12,8 @@ from torch import Tensor
 from lockfree.data import Dataset, Split, load
 from lockfree.recurrent.tasks.base import IGNORED, Predicts, Stretch, Task, asked_accuracy, asked_bits, at_least, private
 
-_HELD_OUT = -1  # stands for the number of the stretches that are judged on; training counts from 0
+HELD_OUT = -1
+"""Stands for the number of the stretches that are judged on; training counts from 0."""
 
 
 class Counted(NamedTuple):
@@ -111,11 +112,11 @@ class Counting(Task):
             ValueError: The number is negative.
         """
         at_least(0, number=number)
-        return self._draw(self.images.train, number, self.batch)
+        return self.draw(self.images.train, number, self.batch)
 
     def held_out(self) -> Counted:
         """Gives `evaluated` sequences of test images, always the same for one seed."""
-        return self._draw(self.images.test, _HELD_OUT, self.evaluated)
+        return self.draw(self.images.test, HELD_OUT, self.evaluated)
 
     def stretch(self, number: int) -> Stretch:
         counted = self.counted(number)
@@ -147,7 +148,14 @@ class Counting(Task):
             "bits_threes": asked_bits(threes, asked.threes),
         }
 
-    def _draw(self, split: Split, number: int, batch: int) -> Counted:
+    def draw(self, split: Split, number: int, batch: int) -> Counted:
+        """Draws sequences of the images of any split, ten classes of them: what `counted` and `held_out` are made by.
+
+        Args:
+            split: Images and their classes.
+            number: Which sequences.
+            batch: How many, side by side.
+        """
         steps = self.period**2
         generator = private(self.seed, number)
         chosen = torch.randint(len(split.targets), (steps, batch), generator=generator)
