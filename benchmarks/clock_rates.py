@@ -48,7 +48,7 @@ def key(trial: ClockTrial) -> str:
 
 def figures(trial: ClockTrial, result: dict[str, Any]) -> dict[str, float]:
     """Returns mean errors over the last half of the readings, in per cent, and what is to be small; 100 if training broke."""
-    late = [line for line in result["curve"] if line[0] in list(trial.places)[trial.readings // 2 :]]
+    late = [line for line in result["curve"] if line[0] in trial.steps[trial.readings // 2 :]]
     odd, threes = (statistics.fmean(line[which] for line in late) if late else 100.0 for which in (1, 2))
     if result["diverged"] is not None or not math.isfinite(odd + threes):
         odd = threes = 100.0

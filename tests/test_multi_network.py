@@ -11,6 +11,7 @@ from lockfree.experiment import load_once
 from lockfree.recipes import RECIPES, ClockTrial
 from lockfree.recipes.clock_trial import PANELS
 from lockfree.recipes.multi_network import CHOSEN, METHODS, PAPER, Chosen, clock_trial
+from lockfree.recipes.trial import Point
 from lockfree.recurrent import Coupled, Decoupled, Severed, TwoClocks
 
 ROOT = Path(__file__).parent.parent
@@ -59,12 +60,13 @@ def test_the_networks_are_those_that_the_recipe_names():
 
 def test_a_result_holds_the_errors_of_both_at_every_reading(tmp_path):
     result = TINY.run(tmp_path / "a")
-    assert list(TINY.places) == [12, 24, 36, 48]
-    assert [line[0] for line in result["curve"]] == [0, *TINY.places]
+    assert TINY.steps == [12, 24, 36, 48]
+    assert list(TINY.points) == [Point(panel, steps) for panel in PANELS for steps in TINY.steps]
+    assert [line[0] for line in result["curve"]] == [0, *TINY.steps]
     assert result["updates"] == [24, 12]
     assert result["diverged"] is None
     last = result["curve"][-1]
-    assert (TINY.reading(result, 48), TINY.error(result, PANELS[0], 48)) == (last[2], last[1])
+    assert [TINY.reading(result, Point(panel, 48)) for panel in PANELS] == last[1:]
     assert result["test_error"] == last[2]
     assert all(0 <= error <= 100 for line in result["curve"] for error in line[1:])
     assert replace(TINY, coupling="coupled").run(tmp_path / "b")["updates"] == [12, 12]
@@ -90,7 +92,7 @@ def test_a_trial_that_was_stopped_goes_on_bit_identically(tmp_path, monkeypatch)
 def test_training_that_breaks_is_a_result(tmp_path):
     result = replace(TINY, learning_rate=1e38).run(tmp_path / "a")
     assert "lower the learning rate" in result["diverged"]
-    assert TINY.reading(result, 48) == result["curve"][-1][2]
+    assert TINY.reading(result, Point(PANELS[1], 48)) == result["curve"][-1][2]
 
 
 def script():
@@ -109,7 +111,7 @@ def test_every_method_is_tuned_over_the_same_rates():
     tried = {method: {trial.learning_rate for trial in trials if trial.coupling == method} for method in METHODS}
     assert set(map(frozenset, tried.values())) == {frozenset(rates.RATES)}
     assert all(trial.held_out and trial.seed == 100 for trial in trials)
-    result = {"curve": [[0, 90.0, 80.0]] + [[place, 50.0 if n < 4 else 20.0, 10.0] for n, place in enumerate(trials[0].places)]}
+    result = {"curve": [[0, 90.0, 80.0]] + [[place, 50.0 if n < 4 else 20.0, 10.0] for n, place in enumerate(trials[0].steps)]}
     assert rates.figures(trials[0], result | {"diverged": None}) == {"odd": 20.0, "threes": 10.0, "both": 15.0}
     assert rates.figures(trials[0], result | {"diverged": "nan"})["both"] == 100.0
 

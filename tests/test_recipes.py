@@ -192,7 +192,7 @@ def test_ctrl_c_ends_a_recipe_and_the_same_command_goes_on(tmp_path):
     assert again.returncode == 0, err
     whole, resumed = json.loads(out), json.loads(ours)
     assert len(whole["entries"]) == 4
-    assert [e["test_error"] for e in resumed["entries"]] == [e["test_error"] for e in whole["entries"]]
+    assert [e["values"] for e in resumed["entries"]] == [e["values"] for e in whole["entries"]]
     assert (tmp_path / "b" / "plot.png").exists()
 
 

@@ -17,6 +17,7 @@ from lockfree.fields import build, parse_fields, written_fields
 from lockfree.memory import ActivationMeter
 from lockfree.objective import Diverged
 from lockfree.recipes.recurrent_trial import RecurrentTrial
+from lockfree.recipes.trial import Point
 from lockfree.recurrent import BOOTSTRAPS, LeastSquaresGradient, SyntheticGradient, TaskTrainer
 from lockfree.recurrent.experiment import CORES, TaskExperiment
 from lockfree.recurrent.tasks import TASKS, CharacterModel, Copy, SequentialImages
@@ -612,15 +613,15 @@ def test_a_trial_gives_what_its_experiment_gives(tmp_path):
     result = trial().run(tmp_path / "a")
     expected = experiment("text", seed=4).run()
     assert {name: result[name] for name in untimed(expected)} == untimed(expected)
-    assert trial().reading(result, 3) == expected["bits_per_character"] == result["curve"][-1]
+    assert trial().reading(result, Point("p", 3)) == expected["bits_per_character"] == result["curve"][-1]
     assert (result["diverged"], len(result["curve"])) == (None, 2)
     assert trial().run(tmp_path / "a") == result  # it has been done
 
 
 def test_a_trial_against_epochs(tmp_path):
     result = trial(x=None).run(tmp_path / "a")
-    assert trial(x=None).places == [1, 2]
-    assert [trial(x=None).reading(result, place) for place in (1, 2)] == result["curve"]
+    assert [point.x for point in trial(x=None).points] == [1, 2]
+    assert [trial(x=None).reading(result, point) for point in trial(x=None).points] == result["curve"]
 
 
 def test_a_stopped_trial_goes_on(tmp_path, monkeypatch):
@@ -644,7 +645,7 @@ def test_a_trial_that_breaks_is_a_result(tmp_path):
     result = wild.run(tmp_path / "a")
     assert "lower the learning rate" in result["diverged"]
     assert len(result["curve"]) == 1
-    assert wild.reading(result, 2) == result["curve"][0] or math.isnan(result["curve"][0])
+    assert wild.reading(result, Point("p", 2)) == result["curve"][0] or math.isnan(result["curve"][0])
 
 
 def test_a_trial_of_other_data_is_refused():

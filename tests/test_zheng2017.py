@@ -14,6 +14,7 @@ from lockfree.recipes import RECIPES, ServerTrial
 from lockfree.recipes.findings import Recovery, TimeTo, mean_interval, ratio_interval, rows
 from lockfree.recipes.server_trial import Augmented
 from lockfree.recipes.stragglers import CHOSEN as RATES
+from lockfree.recipes.trial import Point
 from lockfree.recipes.zheng2017 import CHOSEN, METHODS, SHARED_RATE
 from lockfree.staleness import DelayCompensation, consistency_from
 
@@ -112,10 +113,10 @@ def test_the_barrier_takes_the_slowest_s_time_and_nobody_else_does(tmp_path):
         assert when[0] == 0.0
         assert list(when) == sorted(when)
         assert when[-1] == result["simulated_seconds"]
-        assert errors[-1] == result["test_error"] == slow.reading(result, 1e9)
-        assert slow.reading(result, 0.0) == errors[0]
+        assert errors[-1] == result["test_error"] == slow.reading(result, Point(slow.panel, 1e9))
+        assert slow.reading(result, Point(slow.panel, 0.0)) == errors[0]
         last = max(place for place, one in enumerate(when) if one <= 7.0)
-        assert slow.reading(result, 7.0) == errors[last]
+        assert slow.reading(result, Point(slow.panel, 7.0)) == errors[last]
 
 
 def test_a_trial_that_was_stopped_begins_anew_and_comes_out_the_same(tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ def test_a_smoke_run_gives_table_figures_and_intervals(name, tmp_path, monkeypat
     summary = json.loads((tmp_path / "a" / "results.json").read_text())
     assert [(one["panel"], one["x"], one["series"]) for one in summary["entries"]] == recipe.keys()
     for entry in summary["entries"]:
-        errors = entry["test_error"]
+        errors = entry["values"]
         assert entry["mean"] == statistics.fmean(errors)
         assert entry["interval"] == (list(mean_interval(errors)) if len(errors) > 1 else None)
     assert [one["what"] for one in summary["findings"]] == [one.what for one in recipe.findings]

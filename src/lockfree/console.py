@@ -155,4 +155,4 @@ def _counting(stream: TextIO) -> "Progress":
 def _told(trial: Any, result: dict[str, Any]) -> str:
     place = "" if trial.x is None else f" {trial.x:g},"
     what = f"{trial.panel}, {trial.series},{place} seed {trial.seed}"
-    return f"{what}: error {result['test_error']:.2f} % ({result['seconds']:.0f} s)"
+    return f"{what}: {trial.told(result)} ({result['seconds']:.0f} s)"

@@ -12,7 +12,7 @@ import tyro
 from lockfree import recipes
 from lockfree.choose import choose
 from lockfree.console import print_table, trials
-from lockfree.experiment import check_device, load_once
+from lockfree.experiment import check_device
 from lockfree.recipes.findings import rows as finding_rows
 
 
@@ -45,8 +45,8 @@ class Reproduce:
         if workers < 1:
             raise ValueError(f"--workers {workers}: give 1 or more")
         check_device(self.device)
-        for name in dict.fromkeys(trial.data for trial in recipe.trials):
-            load_once(name, "cpu")  # refuses what is missing before anything is written
+        for trial in {trial.data: trial for trial in recipe.trials}.values():
+            trial.load()  # refuses what is missing before anything is written
         folder = recipe.open(out)
         with trials(len(recipe.trials), quiet=self.json, label=self.name) as told:
             results = recipes.run(recipe, out, workers=min(workers, len(recipe.trials)), device=self.device, told=told)
@@ -58,6 +58,6 @@ class Reproduce:
         print_table(*recipe.rows(summary))
         if summary["findings"]:
             print_table(*finding_rows(summary["findings"]))
-        ours = f"test error in per cent, mean ± standard deviation over seeds; {recipe.scope}"
+        ours = f"{recipe.y_label}, mean ± standard deviation over seeds; {recipe.scope}"
         print(ours + (f"\nin brackets the paper's: {recipe.source}" if recipe.paper else ""))
         print(f"{recipe.reference}\nresults: {out / 'results.json'}, plot: {out / 'plot.png'}")

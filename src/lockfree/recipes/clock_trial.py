@@ -13,7 +13,7 @@ from lockfree.choose import choose
 from lockfree.data import Dataset
 from lockfree.experiment import load_once
 from lockfree.objective import Diverged
-from lockfree.recipes.trial import Trial
+from lockfree.recipes.trial import Point, Trial
 from lockfree.recurrent.clocks import TwoClocks
 from lockfree.recurrent.cores import Encoded
 from lockfree.recurrent.couplings import Coupled, Coupling, Decoupled, Severed
@@ -22,7 +22,7 @@ from lockfree.recurrent.tasks.counting import HELD_OUT, Counted, Counting
 from lockfree.run import Run
 
 PANELS = ("A: odd digits", "B: threes")
-"""What the networks count; a reading is an error of each, in this order."""
+"""What the networks count: a panel each; a line of the curve holds an error of each, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ class ClockTrial(Trial):
     of the same width. Trials of one seed begin with the same weights and see the same images.
 
     Attributes:
-        panel: One of `PANELS`: whose error `reading` is. A result holds both.
-        x: ``None``: errors at several numbers of steps.
+        x: ``None``: errors of both networks, a panel each, at several numbers of steps.
         coupling: coupled, decoupled or severed.
         period: T, 2 or more; a stretch is T² steps.
         units: Width.
@@ -66,18 +65,23 @@ class ClockTrial(Trial):
         return self.stretches // self.readings
 
     @property
-    def places(self) -> Sequence[float | int]:
+    def steps(self) -> list[int]:
         """Steps of the image streams at which there are errors."""
         return [number * self.every * self.period**2 for number in range(1, self.readings + 1)]
 
-    def reading(self, result: Mapping[str, Any], place: float | int) -> float:
-        """Returns the error of the panel's network in per cent after so many steps."""
-        return self.error(result, self.panel, place)
+    @property
+    def points(self) -> Sequence[Point]:
+        """Either network at all those steps."""
+        return [Point(panel, steps) for panel in PANELS for steps in self.steps]
 
-    def error(self, result: Mapping[str, Any], panel: str, place: float | int) -> float:
-        """Returns the error of either network in per cent after so many steps; of training that broke, the last one."""
-        known = [line for line in result["curve"] if line[0] <= place]
-        return known[-1][1 + PANELS.index(panel)]
+    def reading(self, result: Mapping[str, Any], point: Point) -> float:
+        """Returns the error of a network in per cent after so many steps; of training that broke, the last one."""
+        known = [line for line in result["curve"] if line[0] <= point.x]
+        return known[-1][1 + PANELS.index(point.panel)]
+
+    def told(self, result: Mapping[str, Any]) -> str:
+        """Says the errors of both."""
+        return "errors {1:.2f} % and {2:.2f} %".format(*result["curve"][-1])
 
     def coupled(self) -> Coupling:
         """Makes the coupling."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockfree.recipes.trial import Trial
+from lockfree.recipes.trial import Point, Trial
 
 Interval = tuple[float, float]
 """Lower and upper end."""
@@ -23,10 +23,12 @@ class Finding(ABC):
     Attributes:
         panel: Part of the recipe's table that it is about.
         series: The methods.
+        digits: Decimals that are worth showing.
     """
 
     panel: str
     series: Sequence[str]
+    digits: int = 0
 
     @property
     @abstractmethod
@@ -47,8 +49,18 @@ class Finding(ABC):
 
     def find(self, found: Found) -> dict[str, Any]:
         """Returns all figures as JSON values."""
-        here = [(trial, result) for trial, result in found if trial.panel == self.panel]
-        return {"panel": self.panel, "what": self.what, "figures": {one: self.figure(here, one) for one in self.series}}
+        here = [(trial, result) for trial, result in found if any(point.panel == self.panel for point in trial.points)]
+        figures = {one: self.figure(here, one) for one in self.series}
+        return {"panel": self.panel, "what": self.what, "digits": self.digits, "figures": figures}
+
+    def values(self, found: Found, series: str, x: float | int) -> dict[int, float]:
+        """Returns what a method shows at a point of the panel, by seed."""
+        point = Point(self.panel, x)
+        return {
+            trial.seed: trial.reading(result, point)
+            for trial, result in found
+            if trial.series == series and point in trial.points
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +71,7 @@ class Recovery(Finding):
     above 0 at 95 %, there is no share.
 
     Attributes:
-        x: Place on the horizontal axis.
+        x: Point on the horizontal axis.
         reference: The method with error e_r.
         reference_x: Its place.
         baseline: The method with error e_b.
@@ -77,8 +89,8 @@ class Recovery(Finding):
 
     def figure(self, found: Found, series: str) -> dict[str, Any] | None:
         """Returns a method's share in per cent."""
-        places = {self.reference: self.reference_x}
-        by_series = [_errors(found, one, places.get(one, self.x)) for one in (self.reference, self.baseline, series)]
+        points = {self.reference: self.reference_x}
+        by_series = [self.values(found, one, points.get(one, self.x)) for one in (self.reference, self.baseline, series)]
         seeds = sorted(set.intersection(*(set(errors) for errors in by_series)))
         if not seeds:
             return None
@@ -91,10 +103,6 @@ class Recovery(Finding):
             share = 100 * statistics.fmean(won) / loss
             low, high = (None, None) if ends is None else (100 * ends[0], 100 * ends[1])
         return {"mean": share, "low": low, "high": high, "loss": loss, "seeds": seeds}
-
-
-def _errors(found: Found, series: str, x: float | int) -> dict[int, float]:
-    return {trial.seed: trial.reading(result, x) for trial, result in found if trial.series == series and x in trial.places}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +140,17 @@ class TimeTo(Finding):
 def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the table of findings: a column for each method, mean (from to)."""
     series = list(dict.fromkeys(one for finding in findings for one in finding["figures"]))
-    body = [[one["panel"], one["what"], *(_cell(one["figures"].get(name)) for name in series)] for one in findings]
+    body = [
+        [one["panel"], one["what"], *(_cell(one["figures"].get(name), one["digits"]) for name in series)] for one in findings
+    ]
     return ["", "", *series], body
 
 
-def _cell(figure: Mapping[str, Any] | None) -> str:
+def _cell(figure: Mapping[str, Any] | None, digits: int) -> str:
     if figure is None or figure["mean"] is None:
         return "-"
-    interval = "" if figure["low"] is None else f" ({round(figure['low'])} to {round(figure['high'])})"
-    return f"{round(figure['mean'])}{interval}"
+    interval = "" if figure["low"] is None else f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
+    return f"{figure['mean']:.{digits}f}{interval}"
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lockfree.choose import choose
-from lockfree.recipes.clock_trial import PANELS, ClockTrial
+from lockfree.recipes.clock_trial import ClockTrial
 from lockfree.recipes.recipe import Recipe, seeds
 
 
@@ -100,18 +100,17 @@ def dni_multi_network(budget: str) -> Recipe:
     )  # fmt: skip
 
 
-def clock_trial(method: str, seed: int, chosen: Chosen, *, panel: str = PANELS[1], **more: Any) -> ClockTrial:
+def clock_trial(method: str, seed: int, chosen: Chosen, **more: Any) -> ClockTrial:
     """Makes a trial.
 
     Args:
         method: One of `METHODS`.
         seed: Its seed.
         chosen: Its rate and scale.
-        panel: Whose error it shows.
         more: Fields that differ.
     """
     return ClockTrial(
-        panel=panel,
+        panel="counting",
         series=method,
         x=None,
         seed=seed,

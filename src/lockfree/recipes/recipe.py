@@ -10,11 +10,14 @@ from typing import Any
 import torch
 
 from lockfree.recipes.findings import Finding, mean_interval
-from lockfree.recipes.trial import Trial
+from lockfree.recipes.trial import Point, Trial
 from lockfree.run import Run, version
 
 Key = tuple[str, float | int, str]
 """(panel, x, series): one entry of a recipe's table."""
+
+ERROR = "test error, %"
+"""What most recipes show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,10 @@ class Recipe:
         trials: What to run.
         x_label: What the horizontal axis is.
         log_x: Whether it is logarithmic.
-        paper: Test error in per cent that the paper gives, where there is one.
+        y_label: What the table and the plot show, with its unit.
+        from_zero: Whether the vertical axis begins with 0.
+        digits: Decimals that are worth showing.
+        paper: What the paper gives, where it gives something.
         source: Where those numbers come from.
         paper_note: What sets the paper's runs apart, in a few words for the plot.
         findings: What follows from several entries.
@@ -44,6 +50,9 @@ class Recipe:
     trials: Sequence[Trial]
     x_label: str
     log_x: bool = False
+    y_label: str = ERROR
+    from_zero: bool = True
+    digits: int = 2
     paper: Mapping[Key, float] = field(default_factory=dict)
     source: str = ""
     paper_note: str = ""
@@ -76,18 +85,18 @@ class Recipe:
             done = [trial for trial in self._of(key) if trial.name in results]
             found = [results[trial.name] for trial in done]
             panel, x, series = key
-            errors = [trial.reading(results[trial.name], x) for trial in done]
+            values = [trial.reading(results[trial.name], Point(panel, x)) for trial in done]
             entries.append(
                 {
                     "panel": panel,
                     "x": x,
                     "series": series,
                     "seeds": [trial.seed for trial in done],
-                    "test_error": errors,
-                    "mean": statistics.fmean(errors) if errors else None,
-                    "sd": statistics.stdev(errors) if len(errors) > 1 else None,
-                    "interval": list(mean_interval(errors) or ()) or None,
-                    "train_error": [one["train_error"] for one in found],
+                    "values": values,
+                    "mean": statistics.fmean(values) if values else None,
+                    "sd": statistics.stdev(values) if len(values) > 1 else None,
+                    "interval": list(mean_interval(values) or ()) or None,
+                    "train_error": [one.get("train_error") for one in found],
                     "seconds": [one["seconds"] for one in found],
                     "paper": self.paper.get(key),
                 }
@@ -99,6 +108,7 @@ class Recipe:
             "command": f"lockfree reproduce {self.name} --budget {self.budget}",
             "reference": self.reference,
             "paper_source": self.source,
+            "shown": self.y_label,
             "torch": torch.__version__,
             "lockfree": version(),
             "entries": entries,
@@ -110,22 +120,22 @@ class Recipe:
 
     def keys(self) -> list[Key]:
         """Lists the entries of the table in the order of the trials."""
-        return list(dict.fromkeys((trial.panel, x, trial.series) for trial in self.trials for x in trial.places))
+        return list(dict.fromkeys((*point, trial.series) for trial in self.trials for point in trial.points))
 
     def _of(self, key: Key) -> list[Trial]:
         panel, x, series = key
-        return [trial for trial in self.trials if (trial.panel, trial.series) == (panel, series) and x in trial.places]
+        return [trial for trial in self.trials if trial.series == series and Point(panel, x) in trial.points]
 
     def rows(self, summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         """Returns header and rows of the table: a row for each panel and x, a column for each method; ours (the paper's)."""
         series = list(dict.fromkeys(entry["series"] for entry in summary["entries"]))
         found = {(entry["panel"], entry["x"], entry["series"]): entry for entry in summary["entries"]}
-        places = list(dict.fromkeys((entry["panel"], entry["x"]) for entry in summary["entries"]))
-        rows = [[panel, f"{x:g}", *(_cell(found.get((panel, x, one))) for one in series)] for panel, x in places]
+        points = list(dict.fromkeys((entry["panel"], entry["x"]) for entry in summary["entries"]))
+        rows = [[panel, f"{x:g}", *(_cell(found.get((panel, x, one)), self.digits) for one in series)] for panel, x in points]
         return ["", self.x_label, *series], rows
 
     def plot(self, summary: Mapping[str, Any], path: Path) -> None:
-        """Draws test error against x, a panel each, a line for each method, dashed where the paper's numbers are."""
+        """Draws what is shown against x, a panel each, a line for each method, dashed where the paper's numbers are."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -149,7 +159,7 @@ class Recipe:
                 paper = [(e["x"], e["paper"]) for e in points if e["paper"] is not None]
                 if paper:
                     axis.plot(*zip(*paper, strict=True), color=colour, ls="--", lw=1, alpha=0.6)
-            axis.set(title=panel, xlabel=self.x_label, ylim=(0, None))
+            axis.set(title=panel, xlabel=self.x_label, ylim=(0, None) if self.from_zero else None)
             axis.set_xticks(sorted({e["x"] for e in summary["entries"] if e["panel"] == panel}))
             if self.log_x:
                 axis.set_xscale("log")
@@ -160,7 +170,7 @@ class Recipe:
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         for line in axes:
-            line[0].set_ylabel("test error, %")
+            line[0].set_ylabel(self.y_label)
         ordered = [one for one in series if one in shown]
         figure.legend(
             [shown[one] for one in ordered],
@@ -184,12 +194,12 @@ class Recipe:
         return summary
 
 
-def _cell(entry: Mapping[str, Any] | None) -> str:
+def _cell(entry: Mapping[str, Any] | None, digits: int) -> str:
     if entry is None or entry["mean"] is None:
         return "-"
-    spread = f" ± {entry['sd']:.2f}" if entry["sd"] is not None else ""
+    spread = f" ± {entry['sd']:.{digits}f}" if entry["sd"] is not None else ""
     paper = f" ({entry['paper']:g})" if entry["paper"] is not None else ""
-    return f"{entry['mean']:.2f}{spread}{paper}"
+    return f"{entry['mean']:.{digits}f}{spread}{paper}"
 
 
 def seeds(count: int) -> Iterator[int]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockfree.recipes.trial import Trial
+from lockfree.recipes.trial import Point, Trial
 from lockfree.recurrent.experiment import TaskExperiment
 from lockfree.run import Run
 
@@ -14,7 +14,7 @@ class RecurrentTrial(Trial):
     """What one run of a recurrent network learns, and by what; equal trials give equal numbers.
 
     Attributes:
-        x: Place on the horizontal axis; ``None``: a measure after each epoch, against epochs.
+        x: Point on the horizontal axis; ``None``: a measure after each epoch, against epochs.
         data: The task's name, or that of what it takes its sequences from.
         settings: Those of a `TaskExperiment` but seed and device, as JSON values.
         measure: The figure that is shown, as the result calls it, such as ``"length_solved"`` or ``"test_bits_per_character"``.
@@ -47,15 +47,24 @@ class RecurrentTrial(Trial):
         return TaskExperiment(**settings)
 
     @property
-    def places(self) -> list[float | int]:
+    def points(self) -> list[Point]:
         """A horizon, a length, ..., or all epochs."""
-        return list(range(1, self.experiment().epochs + 1)) if self.x is None else [self.x]
+        shown = range(1, self.experiment().epochs + 1) if self.x is None else [self.x]
+        return [Point(self.panel, x) for x in shown]
 
-    def reading(self, result: Mapping[str, Any], place: float | int) -> float:
+    def reading(self, result: Mapping[str, Any], point: Point) -> float:
         """Returns the measure at the end, or after an epoch; that of the last one where training broke before it."""
         if self.x is not None:
             return result[self.measure]
-        return result["curve"][min(int(place), len(result["curve"])) - 1]
+        return result["curve"][min(int(point.x), len(result["curve"])) - 1]
+
+    def told(self, result: Mapping[str, Any]) -> str:
+        """Says the measure in the end."""
+        return f"{self.measure.replace('_', ' ')} {result[self.measure]:.4g}"
+
+    def load(self) -> None:
+        """Draws the task's first stretch."""
+        self.experiment().make_task().stretch(0)
 
     def train(self, run: Run, device: str, *, resume: bool) -> dict[str, Any]:
         """Trains, or goes on from the last checkpoint; returns the experiment's result, and the measure's ``curve`` by epoch.

@@ -17,7 +17,7 @@ from lockfree.experiment import load_once
 from lockfree.learner import Learner
 from lockfree.objective import Diverged
 from lockfree.readouts import order_on_evaluated
-from lockfree.recipes.trial import Trial, as_pixels
+from lockfree.recipes.trial import Point, Trial, as_pixels
 from lockfree.rng import undisturbed
 from lockfree.run import Run
 from lockfree.trainer import Trainer, evaluate
@@ -99,13 +99,14 @@ class RuleTrial(Trial):
     drops: tuple[float, ...] = (0.6, 0.8)
 
     @property
-    def places(self) -> list[float | int]:
+    def points(self) -> list[Point]:
         """A depth, a probability, ..., or all epochs that are shown."""
-        return list(range(1, self.epochs - self.hidden_epochs + 1)) if self.x is None else [self.x]
+        shown = range(1, self.epochs - self.hidden_epochs + 1) if self.x is None else [self.x]
+        return [Point(self.panel, x) for x in shown]
 
-    def reading(self, result: Mapping[str, Any], place: float | int) -> float:
+    def reading(self, result: Mapping[str, Any], point: Point) -> float:
         """Returns the test error at the end, or after an epoch."""
-        return result["test_error"] if self.x is not None else result["curve"][int(place) - 1]
+        return result["test_error"] if self.x is not None else result["curve"][int(point.x) - 1]
 
     def learner(self, dataset: Dataset) -> Learner:
         """Makes network and learner."""

@@ -15,7 +15,7 @@ from lockfree.choose import choose
 from lockfree.data import Split
 from lockfree.experiment import load_once
 from lockfree.objective import Diverged
-from lockfree.recipes.trial import Trial
+from lockfree.recipes.trial import Point, Trial
 from lockfree.rng import undisturbed
 from lockfree.run import Run
 from lockfree.server import Entry, Gamma, Simulator, Straggler, train
@@ -75,15 +75,15 @@ class ServerTrial(Trial):
     readings: int = 0
 
     @property
-    def places(self) -> Sequence[float | int]:
+    def points(self) -> Sequence[Point]:
         """A number of workers, or all times that are shown."""
-        return list(self.times) if self.x is None else [self.x]
+        return [Point(self.panel, x) for x in (self.times if self.x is None else [self.x])]
 
-    def reading(self, result: Mapping[str, Any], place: float | int) -> float:
+    def reading(self, result: Mapping[str, Any], point: Point) -> float:
         """Returns the test error at the end, or the last one that was known at a simulated time."""
         if self.x is not None:
             return result["test_error"]
-        return [error for when, error in result["curve"] if when <= place][-1]
+        return [error for when, error in result["curve"] if when <= point.x][-1]
 
     def model(self, shape: tuple[int, int, int], classes: int) -> nn.Module:
         """Makes the network; trials of one seed begin with the same weights."""

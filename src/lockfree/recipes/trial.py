@@ -5,10 +5,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lockfree.data import Dataset, Split
+from lockfree.experiment import load_once
 from lockfree.run import Run
+
+
+class Point(NamedTuple):
+    """A point of a recipe's plot, a row of its table.
+
+    Attributes:
+        panel: Part of the table and plot.
+        x: Point on the horizontal axis.
+    """
+
+    panel: str
+    x: float | int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +31,7 @@ class Trial(ABC):
     Attributes:
         panel: Part of the recipe's table and plot that it belongs to.
         series: Method, as the table calls it.
-        x: Place on the horizontal axis; ``None``: it has something to show at several.
+        x: Point on the horizontal axis; ``None``: it has something to show at several.
         seed: Decides whatever is drawn at random.
         data: Data set.
         samples: Training images to use, from the first; ``None`` for all.
@@ -42,12 +55,24 @@ class Trial(ABC):
 
     @property
     @abstractmethod
-    def places(self) -> Sequence[float | int]:
-        """Where on the horizontal axis it has something to show."""
+    def points(self) -> Sequence[Point]:
+        """Where it has something to show."""
 
     @abstractmethod
-    def reading(self, result: Mapping[str, Any], place: float | int) -> float:
-        """Returns the test error in per cent that a result holds for one of the `places`."""
+    def reading(self, result: Mapping[str, Any], point: Point) -> float:
+        """Returns the figure that a result holds for one of the `points`: a test error in per cent, or what the recipe shows."""
+
+    def told(self, result: Mapping[str, Any]) -> str:
+        """Says in a few words what came out."""
+        return f"error {result['test_error']:.2f} %"
+
+    def load(self) -> None:
+        """Loads what it is trained on, so that what is missing is known before anything is written.
+
+        Raises:
+            ValueError: If it is not there.
+        """
+        load_once(self.data, "cpu")
 
     @abstractmethod
     def train(self, run: Run, device: str, *, resume: bool) -> dict[str, Any]:
@@ -59,7 +84,7 @@ class Trial(ABC):
             resume: Whether the folder is that of a run that was stopped.
 
         Returns:
-            JSON values: at least ``test_error`` and ``train_error`` in per cent, and ``seconds``.
+            JSON values: at least ``seconds``, and what `reading` and `told` read.
 
         Raises:
             KeyboardInterrupt: If it was stopped; the same call may follow.
