@@ -242,6 +242,44 @@ def test_locks_between_chunks_follow_from_what_the_bootstrap_needs(bootstrap, lo
     assert experiment("images", bootstrap=bootstrap, epochs=0).run()["locks"] == locks
 
 
+ALTERNATING = {"bootstrap": "alternating", "auxiliary": False, "decay": "restarts", "restart": 6, "epochs": 3}
+
+
+def test_alternation_changes_sides_where_the_rate_restarts(monkeypatch):
+    what, seen, learners = experiment("text", **ALTERNATING), [], []
+    make = TaskExperiment.make_learner
+    monkeypatch.setattr(TaskExperiment, "make_learner", lambda self, task: learners.append(make(self, task)) or learners[-1])
+
+    def spy(kind, values):
+        if kind == "step":
+            (learner,) = learners
+            synthetic = learner.bootstrap.synthetic(learner.updates)
+            seen.append((learner.updates, synthetic, learner.optimizer.param_groups[0]["lr"]))
+
+    what.run(sinks=[spy])
+    assert [updates for updates, _, _ in seen] == [3 * stretch for stretch in range(1, 16)]  # 7 steps are 3 chunks
+    starts = {0: 6, 6: 12, 12: 24, 24: 48}  # the first cycle is 6 chunks long, the next one ends after 12, ...
+    for updates, synthetic, rate in seen:
+        start = max(start for start in starts if start <= updates)
+        part = (updates - start) / (starts[start] - start)
+        assert rate == pytest.approx(what.learning_rate * 0.5 * (1 + math.cos(math.pi * part)))
+        assert synthetic == (start in (6, 24))
+
+
+def test_alternation_goes_on_where_it_was_stopped(tmp_path):
+    whole = experiment("text", **ALTERNATING).run(tmp_path / "a")
+    stopped = experiment("text", **ALTERNATING | {"epochs": 2}).run(tmp_path / "b")
+    assert stopped["epochs"] == 2
+    assert untimed(experiment("text", **ALTERNATING).run(tmp_path / "b", resume=True)) == untimed(whole)
+
+
+def test_cycles_of_the_bootstrap_s_own_hold():
+    fields = {"restarts": {"growth": 3}, "begins": "synthetic"}
+    bootstrap = experiment("text", **ALTERNATING, bootstrap_fields=fields).make_bootstrap()
+    assert isinstance(bootstrap, lf.recurrent.Alternating)
+    assert (bootstrap.restarts, bootstrap.begins) == (lf.recurrent.WarmRestarts(first=6, growth=3), "synthetic")
+
+
 @pytest.mark.parametrize("core", CORES)
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_and_core_learns(task, core):

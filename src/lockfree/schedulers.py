@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class Schedulers:
-    """What changes learning rates from epoch to epoch.
+    """What changes learning rates as training goes on.
 
     Args:
         given: A scheduler, several, or none.
@@ -17,7 +17,7 @@ class Schedulers:
         self._all = [given] if isinstance(given, LRScheduler) else list(given or ())
 
     def step(self) -> None:
-        """Goes on to the next epoch."""
+        """Goes on to the next epoch, or whatever they count."""
         for scheduler in self._all:
             scheduler.step()
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from lockfree.choose import choose
 from lockfree.experiment import DECAYS, OPTIMIZERS, Decay, check_device
 from lockfree.fields import build
 from lockfree.objective import Diverged
+from lockfree.recurrent.alternation import Alternating, WarmRestarts
 from lockfree.recurrent.bootstrap import Bootstrap, NoBootstrap
 from lockfree.recurrent.convert import BOOTSTRAPS, convert
 from lockfree.recurrent.cores import Encoded, OneHot
@@ -29,6 +31,9 @@ CORES: dict[str, Callable[[int, int, int], nn.Module]] = {
     "rnn": lambda features, units, layers: nn.RNN(features, units, layers),
 }
 """Recurrent cores by command-line name, made of features, units and layers."""
+
+RESTARTS = "restarts"
+"""The decay that begins anew, again and again; the others go down once."""
 
 TOLD = ("batch", "seed", "root")
 """Fields of a task that are not set one by one: settings of the run, and the data folder."""
@@ -52,7 +57,10 @@ class TaskSettings:
         batch: Sequences side by side, 1 or more.
         optimizer: adam, or sgd (with momentum 0.9).
         learning_rate: Of the network's optimizer, above 0.
-        decay: How it goes from epoch to epoch: cosine (half a cosine down to 0 at the end of the last one) or constant.
+        decay: How it goes: cosine (half a cosine down to 0 at the end of the last epoch), constant, or restarts (half a cosine again
+            and again).
+        restart: Chunks that are learnt before the first restart, 1 or more; the next ones come after 2, 4, 8, ... times as many.
+            Alternation changes sides at them.
         clip_norm: Longest gradient of the network's parameters, above 0; any if left out.
         seed: Decides initial weights and what the task draws.
         device: Where to train: cpu, cuda, cuda:1, ...
@@ -72,6 +80,7 @@ class TaskSettings:
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     decay: str = "cosine"
+    restart: int = 1000
     clip_norm: float | None = None
     seed: int = 0
     device: str = "cpu"
@@ -99,7 +108,7 @@ class TaskExperiment(TaskSettings):
     task_fields: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {"units": 1, "layers": 1, "embedding": 0, "horizon": 1, "epochs": 0, "stretches": 1, "batch": 1}
+        least = {"units": 1, "layers": 1, "embedding": 0, "horizon": 1, "epochs": 0, "stretches": 1, "batch": 1, "restart": 1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)}: give {smallest} or more")
@@ -110,7 +119,7 @@ class TaskExperiment(TaskSettings):
         for table, name, what in (
             (CORES, self.core, "core"),
             (OPTIMIZERS, self.optimizer, "optimizer"),
-            (DECAYS, self.decay, "decay"),
+            (DECAYS | {RESTARTS: None}, self.decay, "decay"),
         ):
             choose(table, name, what)
         check_device(self.device)
@@ -147,7 +156,10 @@ class TaskExperiment(TaskSettings):
 
     def make_bootstrap(self) -> Bootstrap:
         """Makes the bootstrap with its hyperparameters."""
-        return build(choose(BOOTSTRAPS, self.bootstrap, "bootstrap"), self.bootstrap_fields)
+        kind, fields = choose(BOOTSTRAPS, self.bootstrap, "bootstrap"), self.bootstrap_fields
+        if kind is Alternating:
+            fields = fields | {"restarts": {"first": self.restart} | fields.get("restarts", {})}
+        return build(kind, fields)
 
     def make_learner(self, task: Task) -> RecurrentLearner:
         """Makes network and learner; initial weights come from the seed."""
@@ -227,8 +239,7 @@ class TaskExperiment(TaskSettings):
         sinks: Sequence[Sink],
         tolerant: bool = False,
     ) -> dict[str, Any]:
-        scheduler = Decay(learner.optimizer, lambda epoch: DECAYS[self.decay](min(epoch / max(self.epochs, 1), 1.0)))
-        trainer = TaskTrainer(learner, task, run=run, resume=resume, sinks=sinks, scheduler=scheduler)
+        trainer = TaskTrainer(learner, task, run=run, resume=resume, sinks=sinks, **self._schedulers(learner))
         diverged = None
         try:
             trainer.fit(self.epochs, self.stretches)
@@ -258,6 +269,15 @@ class TaskExperiment(TaskSettings):
             "parameters": sum(p.numel() for module in (learner.core, learner.readout) for p in module.parameters()),
         }
         return result | ({"diverged": diverged} if tolerant else {})
+
+    def _schedulers(self, learner: RecurrentLearner) -> dict[str, LRScheduler]:
+        if self.decay != RESTARTS:
+            decay = DECAYS[self.decay]
+            return {"scheduler": Decay(learner.optimizer, lambda epoch: decay(min(epoch / max(self.epochs, 1), 1.0)))}
+        bootstrap = learner.bootstrap
+        restarts = bootstrap.restarts if isinstance(bootstrap, Alternating) else WarmRestarts(first=self.restart)
+        # It is stepped after every stretch, and goes by the chunks that have been learnt until then, as alternation does.
+        return {"stretch_scheduler": Decay(learner.optimizer, lambda _: restarts.share(learner.updates))}
 
     def config(self) -> dict[str, Any]:
         """Returns the settings as plain data."""

@@ -69,6 +69,7 @@ class TaskTrainer:
         sinks: Also told of every stretch ("step") and epoch.
         checkpoint_every: Stretches between two checkpoints, beside the one after every epoch; ``None`` for these alone.
         scheduler: A learning-rate scheduler made over ``learner.optimizer``, or several; stepped after every epoch.
+        stretch_scheduler: Likewise; stepped after every stretch.
 
     Raises:
         ValueError: If the folder holds another run, or a number is out of range.
@@ -94,6 +95,7 @@ class TaskTrainer:
         sinks: Sequence[Sink] = (),
         checkpoint_every: int | None = None,
         scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+        stretch_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
     ) -> None:
         if checkpoint_every is not None and checkpoint_every < 1:
             raise ValueError(f"checkpoint_every={checkpoint_every}: give a number of stretches, 1 or more")
@@ -101,7 +103,7 @@ class TaskTrainer:
             raise ValueError("resume=True needs the folder of the run to go on with: pass run=")
         self.learner, self.task = learner, task
         self._sinks, self._checkpoint_every, self._resume = list(sinks), checkpoint_every, resume
-        self._schedulers = Schedulers(scheduler)
+        self._schedulers, self._stretch_schedulers = Schedulers(scheduler), Schedulers(stretch_scheduler)
         self._progress = _Progress()
         self._means = {name: _Mean() for name in ("train_loss", "synthetic_loss", "auxiliary_loss")}
         self._device = learner.optimizer.param_groups[0]["params"][0].device
@@ -181,6 +183,7 @@ class TaskTrainer:
         given = self.task.stretch(progress.stretches)
         stretch = Stretch(*(tensor.to(self._device) for tensor in given))
         learnt = self._learn(stretch)
+        self._stretch_schedulers.step()
         bits = self.task.bits(learnt.loss, given.targets)
         self.task.learnt(bits)
         for name, value in (("train_loss", bits), ("synthetic_loss", learnt.synthetic), ("auxiliary_loss", learnt.auxiliary)):
@@ -230,6 +233,7 @@ class TaskTrainer:
             "progress": asdict(self._progress),
             "means": {name: asdict(mean) for name, mean in self._means.items()},
             "schedulers": self._schedulers.states(),
+            "stretch_schedulers": self._stretch_schedulers.states(),
         }
         self.run.save_checkpoint(self._progress.stretches, state)
 
@@ -245,6 +249,7 @@ class TaskTrainer:
         self._progress = _Progress(**state["progress"])
         self._means = {name: _Mean(**mean) for name, mean in state["means"].items()}
         self._schedulers.load(state["schedulers"])
+        self._stretch_schedulers.load(state["stretch_schedulers"])
         self.run.rewind(step)
         return True
 
