@@ -21,8 +21,9 @@ class Reproduce:
     """Repeat a paper's experiment and print its numbers beside ours; the same command goes on where it stopped.
 
     Args:
-        name: Which experiment: dni-table1, dni-sparse-updates, dni-unlocked, dni-noise, dni-multi-network, sobolev-critics,
-            hsic-unformatted, hsic-format, hsic-sigma, hsic-resnet, hsic-depth, dc-asgd-cifar, dc-asgd-sweep or stragglers.
+        name: Which experiment: dni-table1, dni-sparse-updates, dni-unlocked, dni-noise, dni-copy, dni-repeat-copy, dni-char-lm,
+            alternating-lm, dni-multi-network, sobolev-critics, hsic-unformatted, hsic-format, hsic-sigma, hsic-resnet, hsic-depth,
+            dc-asgd-cifar, dc-asgd-sweep or stragglers.
         budget: smoke (a minute), small (tens of minutes on 2 cores) or full (the paper's own).
         out: Folder for results.json, plot.png and the trials; runs/NAME-BUDGET if left out.
         workers: Trials that run at a time, each in one thread; one for each core if left out.

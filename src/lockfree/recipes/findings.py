@@ -137,6 +137,69 @@ class TimeTo(Finding):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ratio(Finding):
+    r"""How many times a reference's mean figure a method's is: $\bar v / \bar v_r$, seeds paired, with Fieller's interval.
+
+    Attributes:
+        x: Place on the horizontal axis, of both.
+        reference: The method that is divided by.
+        shown: What is compared, in words.
+    """
+
+    x: float | int
+    reference: str
+    shown: str
+
+    @property
+    def what(self) -> str:
+        """What the figure is."""
+        return f"{self.x:g}: {self.shown}, times that of {self.reference}"
+
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's ratio."""
+        own, other = self.values(found, series, self.x), self.values(found, self.reference, self.x)
+        seeds = sorted(own.keys() & other.keys())
+        above, below = [own[seed] for seed in seeds], [other[seed] for seed in seeds]
+        if not seeds or not statistics.fmean(below):
+            return None
+        low, high = ratio_interval(above, below) or (None, None)
+        return {"mean": statistics.fmean(above) / statistics.fmean(below), "low": low, "high": high, "seeds": seeds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Finding):
+    r"""How much more a method shows than a reference, which may stand elsewhere: $\bar v - \bar v_r$, seeds paired, by Student's t.
+
+    Attributes:
+        x: Place on the horizontal axis.
+        reference: The method that is subtracted.
+        reference_x: Its place.
+        shown: What is compared, in words.
+    """
+
+    x: float | int
+    reference: str
+    reference_x: float | int
+    shown: str
+    digits: int = 3
+
+    @property
+    def what(self) -> str:
+        """What the figure is."""
+        return f"{self.x:g}: {self.shown}, less that of {self.reference} at {self.reference_x:g}"
+
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's difference."""
+        own, other = self.values(found, series, self.x), self.values(found, self.reference, self.reference_x)
+        seeds = sorted(own.keys() & other.keys())
+        if not seeds:
+            return None
+        differences = [own[seed] - other[seed] for seed in seeds]
+        low, high = mean_interval(differences) or (None, None)
+        return {"mean": statistics.fmean(differences), "low": low, "high": high, "seeds": seeds}
+
+
 def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the table of findings: a column for each method, mean (from to)."""
     series = list(dict.fromkeys(one for finding in findings for one in finding["figures"]))
