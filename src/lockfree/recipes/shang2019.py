@@ -80,7 +80,7 @@ def alternating_lm(budget: str) -> Recipe:
         title="Alternating synthetic and real gradients",
         reference="Shang and Zhang 2019, Alternating synthetic and real gradients for neural language modeling, arXiv 1902.10630",
         budget=budget,
-        scope=f"{one['layers'] if 'layers' in one else 1} LSTM of {one['units']}, {one['task_fields']['vocabulary_size']} words, horizon "
+        scope=f"{one.get('layers', 1)} LSTM of {one['units']}, {one['task_fields']['vocabulary_size']} words, horizon "
         f"{one['horizon']}, {one['epochs']} epochs of {one['stretches'] * one['task_fields']['length']} steps of {one['batch']} rows, "
         f"restarts after 1, 2, 4, ... times {one['restart']} chunks, {size.seeds} seed(s)",
         trials=trials,
