@@ -23,7 +23,9 @@ from lockfree.recurrent import (
     SyntheticGradient,
     convert,
 )
-from lockfree.recurrent.tasks import CharacterModel, Stretch
+from lockfree.recurrent.stretch import Stretch
+from lockfree.recurrent.tasks import CharacterModel
+from lockfree.values import tensors
 
 HORIZONS = (2, 4, 8, 20)
 LENGTHS = (80, 800)
@@ -133,20 +135,16 @@ def saved(
     """
     task = _task(size, length)
     learner = _learner(task, bootstrap, auxiliary, horizon, size, device)
-    first, second = (_placed(task.stretch(number), device) for number in range(2))
+    first, second = (task.stretch(number).to(device) for number in range(2))
     learner.step(*first)
     meter = ActivationMeter(learner.core, learner.readout, *learner.auxiliaries)
-    with meter.watch(second):
+    with meter.watch(tensors(tuple(second))):
         learner.step(*second)
     return meter.peak
 
 
 def _task(size: Size, length: int = _LENGTH) -> CharacterModel:
     return CharacterModel(text="shakespeare-sample", batch=size.batch, length=length)
-
-
-def _placed(stretch: Stretch, device: str) -> Stretch:
-    return Stretch(*(tensor.to(device) for tensor in stretch))
 
 
 def _modules(task: CharacterModel, size: Size, device: str) -> tuple[nn.LSTM, nn.Linear]:
@@ -166,7 +164,7 @@ def _learner(
 
 def _stretches(task: CharacterModel, device: str) -> Callable[[], Stretch]:
     """Many of them, one after the other and from the beginning again."""
-    turns = itertools.cycle([_placed(task.stretch(number), device) for number in range(_STRETCHES)])
+    turns = itertools.cycle([task.stretch(number).to(device) for number in range(_STRETCHES)])
     return lambda: next(turns)
 
 

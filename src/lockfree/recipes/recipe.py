@@ -120,7 +120,7 @@ class Recipe:
 
     def keys(self) -> list[Key]:
         """Lists the entries of the table in the order of the trials."""
-        return list(dict.fromkeys((*point, trial.series) for trial in self.trials for point in trial.points))
+        return list(dict.fromkeys((point.panel, point.x, trial.series) for trial in self.trials for point in trial.points))
 
     def _of(self, key: Key) -> list[Trial]:
         panel, x, series = key

@@ -239,7 +239,15 @@ class TaskExperiment(TaskSettings):
         sinks: Sequence[Sink],
         tolerant: bool = False,
     ) -> dict[str, Any]:
-        trainer = TaskTrainer(learner, task, run=run, resume=resume, sinks=sinks, **self._schedulers(learner))
+        trainer = TaskTrainer(
+            learner,
+            task,
+            run=run,
+            resume=resume,
+            sinks=sinks,
+            scheduler=self._decay(learner),
+            stretch_scheduler=self._restarts(learner),
+        )
         diverged = None
         try:
             trainer.fit(self.epochs, self.stretches)
@@ -270,14 +278,20 @@ class TaskExperiment(TaskSettings):
         }
         return result | ({"diverged": diverged} if tolerant else {})
 
-    def _schedulers(self, learner: RecurrentLearner) -> dict[str, LRScheduler]:
+    def _decay(self, learner: RecurrentLearner) -> LRScheduler | None:
+        """Returns what changes the rate after every epoch, if anything does."""
+        if self.decay == RESTARTS:
+            return None
+        decay = DECAYS[self.decay]
+        return Decay(learner.optimizer, lambda epoch: decay(min(epoch / max(self.epochs, 1), 1.0)))
+
+    def _restarts(self, learner: RecurrentLearner) -> LRScheduler | None:
+        """Returns what changes the rate after every stretch, if anything does: by the chunks learnt until then, as alternation goes."""
         if self.decay != RESTARTS:
-            decay = DECAYS[self.decay]
-            return {"scheduler": Decay(learner.optimizer, lambda epoch: decay(min(epoch / max(self.epochs, 1), 1.0)))}
+            return None
         bootstrap = learner.bootstrap
         restarts = bootstrap.restarts if isinstance(bootstrap, Alternating) else WarmRestarts(first=self.restart)
-        # It is stepped after every stretch, and goes by the chunks that have been learnt until then, as alternation does.
-        return {"stretch_scheduler": Decay(learner.optimizer, lambda _: restarts.share(learner.updates))}
+        return Decay(learner.optimizer, lambda _: restarts.share(learner.updates))
 
     def config(self) -> dict[str, Any]:
         """Returns the settings as plain data."""

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lockfree.objective import Objective
 from lockfree.recurrent.bootstrap import Border, Estimator, Report
-from lockfree.recurrent.network import Chunk, Network, Stretch
+from lockfree.recurrent.network import Chunk, Network
 from lockfree.recurrent.state import State
+from lockfree.recurrent.stretch import Stretch
 from lockfree.rng import undisturbed
 
 

@@ -14,8 +14,9 @@ from lockfree.recurrent.auxiliary import Auxiliary
 from lockfree.recurrent.bootstrap import Bootstrap, Site
 from lockfree.recurrent.cores import understand
 from lockfree.recurrent.horizon import Horizon, Past
-from lockfree.recurrent.network import Chunk, Network, Piece, Stretch, joined
+from lockfree.recurrent.network import Chunk, Network, Piece
 from lockfree.recurrent.state import State
+from lockfree.recurrent.stretch import Stretch, joined
 from lockfree.restore import Undo, same_tensors
 from lockfree.rng import generators_apart, get_rng, set_rng, undisturbed
 from lockfree.rule import locks

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,41 +11,8 @@ from torch.utils import _pytree as pytree
 from lockfree.objective import Objective
 from lockfree.recurrent.cores import Core
 from lockfree.recurrent.state import Layout, State
+from lockfree.recurrent.stretch import Stretch
 from lockfree.values import Values, detach
-
-
-class Stretch(NamedTuple):
-    """Steps as the learner takes them.
-
-    Attributes:
-        inputs: (steps, m, ...).
-        targets: (steps, m, ...), or a tree of such.
-        done: (steps, m), or ``None``.
-    """
-
-    inputs: Tensor
-    targets: Any
-    done: Tensor | None
-
-    def cut(self, start: int, end: int) -> "Stretch":
-        """Returns some of its steps."""
-        return Stretch(*pytree.tree_map_only(Tensor, lambda tensor: tensor[start:end], tuple(self)))
-
-
-def joined(pieces: Sequence[Stretch]) -> Stretch:
-    """Returns pieces that follow each other as one; where some say who is done and others do not, in these nobody is."""
-    if len(pieces) == 1:
-        return pieces[0]
-    if any(piece.done is not None for piece in pieces):
-        pieces = [
-            piece
-            if piece.done is not None
-            else piece._replace(done=piece.inputs.new_zeros(piece.inputs.shape[:2], dtype=torch.bool))
-            for piece in pieces
-        ]
-    return Stretch(
-        *pytree.tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *map(tuple, pieces))
-    )
 
 
 class Network:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lockfree.objective import Diverged, Objective, describe
 from lockfree.recurrent.bootstrap import Bootstrap, Border, Estimator, Site
 from lockfree.recurrent.cores import understand
-from lockfree.recurrent.network import Chunk, Network, Stretch
+from lockfree.recurrent.network import Chunk, Network
 from lockfree.recurrent.state import Layout, State
+from lockfree.recurrent.stretch import Stretch
 from lockfree.rng import generators_apart, undisturbed
 from lockfree.update import Update
 from lockfree.values import detach

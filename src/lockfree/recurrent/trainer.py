@@ -15,11 +15,12 @@ from lockfree.interrupt import deferred_interrupt
 from lockfree.memory import ActivationMeter
 from lockfree.recurrent.learner import Learnt, RecurrentLearner
 from lockfree.recurrent.state import State
-from lockfree.recurrent.tasks import Stretch, Task
+from lockfree.recurrent.stretch import Stretch
+from lockfree.recurrent.tasks import Task
 from lockfree.run import Run
 from lockfree.schedulers import Schedulers
 from lockfree.trainer import Sink, Summary
-from lockfree.values import Values
+from lockfree.values import Values, tensors
 
 
 @dataclass(slots=True)
@@ -181,8 +182,7 @@ class TaskTrainer:
     def _step(self) -> None:
         progress = self._progress
         given = self.task.stretch(progress.stretches)
-        stretch = Stretch(*(tensor.to(self._device) for tensor in given))
-        learnt = self._learn(stretch)
+        learnt = self._learn(given.to(self._device))
         self._stretch_schedulers.step()
         bits = self.task.bits(learnt.loss, given.targets)
         self.task.learnt(bits)
@@ -200,7 +200,7 @@ class TaskTrainer:
         if not progress.stretches or steps <= progress.metered:
             return self.learner.step(*stretch)
         meter = ActivationMeter(self.learner.core, self.learner.readout, *self.learner.auxiliaries)
-        with meter.watch(stretch):
+        with meter.watch(tensors(tuple(stretch))):
             learnt = self.learner.step(*stretch)
         progress.metered, progress.peak_activation_bytes = steps, max(meter.peak, progress.peak_activation_bytes or 0)
         return learnt

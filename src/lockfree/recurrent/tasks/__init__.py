@@ -1,6 +1,7 @@
 """Tasks for recurrent networks: sequences by number, what is asked of them, and what answers are worth."""
 
-from lockfree.recurrent.tasks.base import IGNORED, Predicts, Stretch, Task
+from lockfree.recurrent.stretch import Stretch
+from lockfree.recurrent.tasks.base import IGNORED, Predicts, Task
 from lockfree.recurrent.tasks.copy import Copy
 from lockfree.recurrent.tasks.counting import Counted, Counting
 from lockfree.recurrent.tasks.curriculum import Curriculum

@@ -4,31 +4,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lockfree.recurrent.stretch import Stretch
 from lockfree.rng import seed_of
 
 IGNORED = -100
 """The target of a step at which nothing is asked."""
-
-
-class Stretch(NamedTuple):
-    """Some steps of a batch of sequences.
-
-    Attributes:
-        inputs: Symbol numbers, int64 of shape (steps, batch), or features, float of shape (steps, batch, ...).
-        targets: The class asked for, of shape (steps, batch); `IGNORED` where nothing is.
-        done: Whether a sequence ends with this step, after which its state is reset.
-    """
-
-    inputs: Shaped[Tensor, "steps batch ..."]
-    targets: Int64[Tensor, "steps batch"]
-    done: Bool[Tensor, "steps batch"]
 
 
 @runtime_checkable

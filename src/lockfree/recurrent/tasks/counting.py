@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from lockfree.data import Dataset, Split, load
-from lockfree.recurrent.tasks.base import IGNORED, Predicts, Stretch, Task, asked_accuracy, asked_bits, at_least, private
+from lockfree.recurrent.stretch import Stretch
+from lockfree.recurrent.tasks.base import IGNORED, Predicts, Task, asked_accuracy, asked_bits, at_least, private
 
 HELD_OUT = -1
 """Stands for the number of the stretches that are judged on; training counts from 0."""

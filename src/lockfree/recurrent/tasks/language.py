@@ -13,7 +13,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from lockfree.data import Stream, TextSet, load_text
-from lockfree.recurrent.tasks.base import IGNORED, Predicts, Stretch, Task, at_least
+from lockfree.recurrent.stretch import Stretch
+from lockfree.recurrent.tasks.base import IGNORED, Predicts, Task, at_least
 
 _SCORES = 1 << 24  # as many scores are held at once while a text is judged: 64 MB
 

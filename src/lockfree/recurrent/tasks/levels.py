@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from lockfree.recurrent.tasks.base import IGNORED, Predicts, Stretch, Task, asked_accuracy, asked_bits, at_least, private
+from lockfree.recurrent.stretch import Stretch
+from lockfree.recurrent.tasks.base import IGNORED, Predicts, Task, asked_accuracy, asked_bits, at_least, private
 from lockfree.recurrent.tasks.curriculum import Curriculum
 
 _HELD_OUT = -1  # stands for the number of the stretch that is judged on; training counts from 0

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lockfree.choose import choose
 from lockfree.data import Dataset, load
-from lockfree.recurrent.tasks.base import IGNORED, Predicts, Stretch, Task, asked_accuracy, asked_bits, at_least, private
+from lockfree.recurrent.stretch import Stretch
+from lockfree.recurrent.tasks.base import IGNORED, Predicts, Task, asked_accuracy, asked_bits, at_least, private
 
 _AT_ONCE = 500  # images judged in one call
 
