@@ -65,7 +65,7 @@ def recurrent(
 
     The text is the Shakespeare sample inside this package; the optimizer is the command line's own (fused Adam). Each bootstrap is
     timed in turn with truncated backpropagation at the same horizon T, under the same engine: the ratios are of the time of a
-    character. ``dni`` is one hidden layer as wide as the state, 512; ``dni_gamma`` is the same with a γ other than its scale, which
+    character. ``dni`` is one hidden layer as wide as the LSTM; ``dni_gamma`` is the same with a γ other than its scale, which
     takes half a backward pass more. ``engine`` is truncated backpropagation over the plain loop that one would write by hand.
 
     What autograd keeps is metered at T = 8 over one stretch of 80 and of 800 steps, its inputs left out.

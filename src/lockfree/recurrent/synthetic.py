@@ -98,7 +98,7 @@ class SyntheticGradient(Synthesised):
 
     Attributes:
         hidden_layers: 0 or more.
-        hidden_units: Their width; as many as the synthesiser sees if ``None``.
+        hidden_units: Their width; that of the core's output if ``None``.
         learning_rate: Of its Adam, above 0.
 
     Example:
@@ -132,7 +132,7 @@ class Dense(StateSynthesiser):
 
     def __init__(self, settings: SyntheticGradient, site: Site) -> None:
         super().__init__(settings, site)
-        units = settings.hidden_units or self.seen
+        units = settings.hidden_units or site.outputs.shape[1]
         widths = [self.seen, *[units] * settings.hidden_layers, self.width]
         place: dict[str, Any] = {"dtype": site.rows.dtype, "device": site.rows.device}
         layers = [nn.Linear(before, after, **place) for before, after in itertools.pairwise(widths)]
