@@ -32,6 +32,7 @@ class Recipe:
         scope: What this budget trains on and for how long, in a sentence.
         trials: What to run.
         x_label: What the horizontal axis is.
+        x_labels: What it is in panels where it is something else.
         log_x: Whether it is logarithmic.
         y_label: What the table and the plot show, with its unit.
         from_zero: Whether the vertical axis begins with 0.
@@ -49,6 +50,7 @@ class Recipe:
     scope: str
     trials: Sequence[Trial]
     x_label: str
+    x_labels: Mapping[str, str] = field(default_factory=dict)
     log_x: bool = False
     y_label: str = ERROR
     from_zero: bool = True
@@ -131,8 +133,14 @@ class Recipe:
         series = list(dict.fromkeys(entry["series"] for entry in summary["entries"]))
         found = {(entry["panel"], entry["x"], entry["series"]): entry for entry in summary["entries"]}
         points = list(dict.fromkeys((entry["panel"], entry["x"]) for entry in summary["entries"]))
-        rows = [[panel, f"{x:g}", *(_cell(found.get((panel, x, one)), self.digits) for one in series)] for panel, x in points]
+        rows = [
+            [panel, self._x(panel, x), *(_cell(found.get((panel, x, one)), self.digits) for one in series)]
+            for panel, x in points
+        ]
         return ["", self.x_label, *series], rows
+
+    def _x(self, panel: str, x: float) -> str:
+        return f"{self.x_labels[panel]} {x:g}" if panel in self.x_labels else f"{x:g}"
 
     def plot(self, summary: Mapping[str, Any], path: Path) -> None:
         """Draws what is shown against x, a panel each, a line for each method, dashed where the paper's numbers are."""
@@ -159,9 +167,9 @@ class Recipe:
                 paper = [(e["x"], e["paper"]) for e in points if e["paper"] is not None]
                 if paper:
                     axis.plot(*zip(*paper, strict=True), color=colour, ls="--", lw=1, alpha=0.6)
-            axis.set(title=panel, xlabel=self.x_label, ylim=(0, None) if self.from_zero else None)
+            axis.set(title=panel, xlabel=self.x_labels.get(panel, self.x_label), ylim=(0, None) if self.from_zero else None)
             axis.set_xticks(sorted({e["x"] for e in summary["entries"] if e["panel"] == panel}))
-            if self.log_x:
+            if self.log_x and panel not in self.x_labels:
                 axis.set_xscale("log")
                 ticks = sorted({e["x"] for e in summary["entries"] if e["panel"] == panel})
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -18,6 +18,7 @@ class RecurrentTrial(Trial):
         data: The task's name, or that of what it takes its sequences from.
         settings: Those of a `TaskExperiment` but seed and device, as JSON values.
         measure: The figure that is shown, as the result calls it, such as ``"length_solved"`` or ``"test_bits_per_character"``.
+        curve: A panel that shows it after each epoch besides, where it has an x.
 
     Raises:
         ValueError: If a setting is misspelt or out of range, or the data are not the task's.
@@ -31,6 +32,7 @@ class RecurrentTrial(Trial):
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     measure: str
+    curve: str | None = None
 
     def __post_init__(self) -> None:
         experiment = self.experiment()
@@ -48,13 +50,20 @@ class RecurrentTrial(Trial):
 
     @property
     def points(self) -> list[Point]:
-        """A horizon, a length, ..., or all epochs."""
-        shown = range(1, self.experiment().epochs + 1) if self.x is None else [self.x]
-        return [Point(self.panel, x) for x in shown]
+        """A horizon, a length, ..., and all epochs in the panel of curves."""
+        end = [] if self.x is None else [Point(self.panel, self.x)]
+        if self._curve is None:
+            return end
+        return end + [Point(self._curve, epoch) for epoch in range(1, self.experiment().epochs + 1)]
+
+    @property
+    def _curve(self) -> str | None:
+        """The panel of curves, if there is one."""
+        return self.panel if self.x is None else self.curve
 
     def reading(self, result: Mapping[str, Any], point: Point) -> float:
         """Returns the measure at the end, or after an epoch; that of the last one where training broke before it."""
-        if self.x is not None:
+        if point.panel != self._curve:
             return result[self.measure]
         return result["curve"][min(int(point.x), len(result["curve"])) - 1]
 
