@@ -96,7 +96,9 @@ def dni_repeat_copy(budget: str) -> Recipe:
     return _curriculum("repeat-copy", "Repeat copy", "sequence_solved", budget, size, _PAPER_REPEAT)
 
 
-def _curriculum(task: str, panel: str, measure: str, budget: str, size: _Size, paper: Mapping[str, Sequence[float]]) -> Recipe:
+def _curriculum(
+    task: str, panel: str, measure: str, budget: str, size: _Size, paper: Mapping[str, Sequence[float | int]]
+) -> Recipe:
     curves = f"{panel}, T = {_CURVES}"
     trials = _trials(panel, task, measure, size, curves={_CURVES: curves})
     shown = "longest sequence solved"
@@ -227,7 +229,7 @@ def _trials(panel: str, task: str, measure: str, size: _Size, curves: Mapping[in
     ]
 
 
-def _by_key(panel: str, figures: Mapping[str, Sequence[float]], horizons: Sequence[int]) -> dict[Key, float]:
+def _by_key(panel: str, figures: Mapping[str, Sequence[float | int]], horizons: Sequence[int]) -> dict[Key, float]:
     return {
         (panel, horizon, series): figure
         for series, row in figures.items()
