@@ -231,7 +231,7 @@ def _trials(panel: str, task: str, measure: str, size: _Size, curves: Mapping[in
 
 def _by_key(panel: str, figures: Mapping[str, Sequence[float | int]], horizons: Sequence[int]) -> dict[Key, float]:
     return {
-        (panel, horizon, series): figure
+        (panel, horizon, series): float(figure)
         for series, row in figures.items()
         for horizon, figure in zip(horizons, row, strict=False)
     }

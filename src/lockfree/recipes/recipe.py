@@ -139,7 +139,7 @@ class Recipe:
         ]
         return ["", self.x_label, *series], rows
 
-    def _x(self, panel: str, x: float) -> str:
+    def _x(self, panel: str, x: float | int) -> str:
         return f"{self.x_labels[panel]} {x:g}" if panel in self.x_labels else f"{x:g}"
 
     def plot(self, summary: Mapping[str, Any], path: Path) -> None:
