@@ -22,7 +22,56 @@ METHODS: dict[str, Mapping[str, Any]] = {
 """Settings of each method; the last one, whose linear synthesiser is solved for by least squares, is ours."""
 
 _PAPER_HORIZONS = (2, 3, 4, 5)
-_PAPERdef _sizes(*horizons: int) -> dict[str, _Size]:
+_PAPER_COPY = {TRUNCATED: (7, 8, 10, 8), DNI: (16, 14, 18, 18), AUXILIARY: (16, 17, 19, 18)}
+_PAPER_REPEAT = {TRUNCATED: (7, 5, 19, 23), DNI: (39, 33, 39, 59), AUXILIARY: (39, 59, 67, 59)}
+_PAPER_TEXT_HORIZONS = (2, 3, 4, 5, 8, 20, 40)
+_PAPER_TEXT = {
+    TRUNCATED: (1.39, 1.38, 1.37, 1.37, 1.35, 1.35, 1.34),
+    DNI: (1.37, 1.36, 1.35, 1.35, 1.34),
+    AUXILIARY: (1.37, 1.36, 1.35, 1.35, 1.33),
+}
+_PAPER_FIELDS = {"scale": 0.1, "hidden_layers": 1, "reads": "output"}
+"""The paper's synthesiser: it reads the LSTM's output, and has as many hidden units as that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    """What a budget means for one task.
+
+    Attributes:
+        horizons: T by method.
+        seeds: How many.
+        training: Settings of every trial.
+        fields: Hyperparameters of the bootstrap by method.
+    """
+
+    horizons: Mapping[str, Sequence[int]]
+    seeds: int
+    training: Mapping[str, Any]
+    fields: Mapping[str, Mapping[str, Any]]
+
+
+def _everywhere(*horizons: int) -> dict[str, Sequence[int]]:
+    return dict.fromkeys(METHODS, horizons)
+
+
+# ---- copy and repeat copy -----------------------------------------------------------------------------------------------------
+
+_SMOKE_COPY = {"units": 16, "batch": 16, "learning_rate": 5e-3, "epochs": 2, "stretches": 20}
+# Chosen on seeds 100 and 101.
+_SMALL_COPY = {
+    "units": 64, "batch": 256, "learning_rate": 2e-3, "decay": "constant", "clip_norm": 1.0, "epochs": 10, "stretches": 600,
+}  # fmt: skip
+_LINEAR = {"hidden_layers": 0, "scale": 0.7}
+_SMALL_FIELDS: dict[str, Mapping[str, Any]] = {DNI: _LINEAR, AUXILIARY: _LINEAR, SOLVED: {"scale": 0.7}}
+_PAPER_SETTINGS = {"units": 256, "batch": 256, "learning_rate": 7e-5, "decay": "constant", "epochs": 1000, "stretches": 1000}
+_PAPER_BOOTSTRAPS = {DNI: _PAPER_FIELDS, AUXILIARY: _PAPER_FIELDS}
+
+_CURVES = 3
+"""The horizon at which all of training is shown."""
+
+
+def _sizes(*horizons: int) -> dict[str, _Size]:
     """Returns what budgets mean, with the horizons of the small one."""
     at = {TRUNCATED: horizons, DNI: horizons, AUXILIARY: (_CURVES,), SOLVED: (_CURVES,)}
     return {
@@ -31,9 +80,6 @@ _PAPERdef _sizes(*horizons: int) -> dict[str, _Size]:
         "full": _Size(horizons=_everywhere(*_PAPER_HORIZONS), seeds=3, training=_PAPER_SETTINGS, fields=_PAPER_BOOTSTRAPS),
     }
 
-
-_CURVES = 3
-"""The horizon at which all of training is shown."""
 
 _COPY, _REPEAT = _sizes(2, 3, 4, 5), _sizes(3, 5)
 
