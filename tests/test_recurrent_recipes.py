@@ -2,17 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from lockfree.cli import main
 from lockfree.recipes import RECIPES
 from lockfree.recipes.findings import Difference, Ratio, rows
-from lockfree.recipes.jaderberg2016_recurrent import AUXILIARY, DNI, SOLVED, TRUNCATED
+from lockfree.recipes.jaderberg2016_recurrent import AUXILIARY, CHARACTER_RATES, DNI, SOLVED, TRUNCATED
 from lockfree.recipes.recurrent_trial import RecurrentTrial
 from lockfree.recipes.trial import Point
 from lockfree.recurrent import LeastSquaresGradient, NoBootstrap, SyntheticGradient
 
+RATES = Path(__file__).parent.parent / "benchmarks" / "results" / "horizon_rates.json"
 NAMES = ("dni-copy", "dni-repeat-copy", "dni-char-lm", "alternating-lm")
 
 
@@ -25,7 +27,9 @@ def trials(name, budget):
 @pytest.mark.parametrize("budget", ["smoke", "small", "full"])
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_differ_in_what_stands_for_the_future_alone(name, budget):
-    own = {"bootstrap", "bootstrap_fields", "auxiliary", "horizon", "seed"}
+    own = {"bootstrap", "bootstrap_fields", "auxiliary", "horizon", "seed"} | (
+        {"learning_rate"} if name == "dni-char-lm" else set()
+    )
     settings = [trial.experiment().config() for trial in trials(name, budget)]
     assert len({json.dumps({key: one[key] for key in one if key not in own}, sort_keys=True) for one in settings}) == 1
 
@@ -63,6 +67,17 @@ def test_three_seeds_of_truncation_at_twice_the_horizon_stand_beside_dni():
         if isinstance(one, Difference)
     ]
     assert {(x, TRUNCATED, 2 * x) for x in (2, 4, 8)} <= set(asked)
+
+
+def test_rates_are_those_that_the_validation_part_chose():
+    tried: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for name, bits in json.loads(RATES.read_text())["bits_per_character"].items():
+        series, horizon, rate = name.split("|")
+        tried.setdefault((series, int(horizon)), []).append((bits, float(rate)))
+    assert {len(one) for one in tried.values()} == {3}
+    chosen = {(series, horizon): rate for series, rates in CHARACTER_RATES.items() for horizon, rate in rates.items()}
+    assert chosen == {key: min(one)[1] for key, one in tried.items()}
+    assert {(trial.series, trial.x) for trial in trials("dni-char-lm", "small")} == set(chosen)
 
 
 def test_alternation_ends_in_a_synthetic_cycle_after_one_that_is_real():
