@@ -10,10 +10,10 @@ demo: .venv/installed  ## train four ways on real images and compare
 	$(BIN)/lockfree compare --rules backprop,dni,cdni,dfa --data fashion-mnist --epochs 10 --out $$(mktemp -d runs/demo-XXXX)
 
 test: .venv/installed-dev  ## the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0
 
 test-slow: .venv/installed-dev  ## the long ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --max-worker-restart 0 -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
