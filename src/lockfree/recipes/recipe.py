@@ -121,8 +121,10 @@ class Recipe:
         }
 
     def keys(self) -> list[Key]:
-        """Lists the entries of the table in the order of the trials."""
-        return list(dict.fromkeys((point.panel, point.x, trial.series) for trial in self.trials for point in trial.points))
+        """Lists the entries of the table in the order of the trials, panel by panel."""
+        found = list(dict.fromkeys((point.panel, point.x, trial.series) for trial in self.trials for point in trial.points))
+        panels = list(dict.fromkeys(panel for panel, _, _ in found))
+        return sorted(found, key=lambda key: panels.index(key[0]))
 
     def _of(self, key: Key) -> list[Trial]:
         panel, x, series = key
