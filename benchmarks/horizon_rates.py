@@ -1,6 +1,6 @@
 """Adam's rate for each method and horizon of `lockfree reproduce dni-char-lm`, chosen on the validation part of the text.
 
-The networks and batches are those of the recipe's small budget, three fifths as long; all methods and horizons have the same grid of
+The networks and batches are those of the recipe's small budget, half as long; all methods and horizons have the same grid of
 rates. The seed is 100, none of the recipe's own; nothing of the test part decides. With as many characters a short horizon makes more
 updates, so at one rate for all it would look better than it is. What it finds stands in
 `lockfree/recipes/jaderberg2016_recurrent.py`, and a test compares.
@@ -18,7 +18,7 @@ import lockfree as lf
 from lockfree.recipes import RECIPES, run
 from lockfree.recipes.recurrent_trial import RecurrentTrial
 
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (4e-3, 8e-3, 1.6e-2)
 SEED = 100
 EPOCHS = 3
 EVALUATED = 30_000
