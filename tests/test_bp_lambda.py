@@ -157,7 +157,7 @@ def test_with_lambda_zero_it_is_the_linear_synthesiser():
     """Both learn by Adam from the same target; one has its bias in the weight."""
     learners = [
         learner_for(bootstrap, "lstm", rate=0.1)
-        for bootstrap in (BPLambda(lam=0.0, gamma=0.9), SyntheticGradient(hidden_layers=0, gamma=0.9))
+        for bootstrap in (BPLambda(lam=0.0, gamma=0.9), SyntheticGradient(hidden_layers=0, reads="state", scale=1.0, gamma=0.9))
     ]
     for seed in range(4):
         losses = [learner.step(*stretch(8, seed=seed)[:2]) for learner in learners]

@@ -86,7 +86,7 @@ class ClockTrial(Trial):
     def coupled(self) -> Coupling:
         """Makes the coupling."""
         synthetic = SyntheticGradient(
-            scale=self.scale, hidden_layers=1, hidden_units=self.units, learning_rate=self.synthesiser_rate
+            scale=self.scale, reads="state", hidden_layers=1, hidden_units=self.units, learning_rate=self.synthesiser_rate
         )
         known = {"coupled": Coupled(), "decoupled": Decoupled(bootstrap=synthetic), "severed": Severed()}
         return choose(known, self.coupling, "coupling")

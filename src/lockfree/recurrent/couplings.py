@@ -77,7 +77,7 @@ class Decoupled(Coupling):
         Jaderberg et al. 2016, arXiv 1608.05343, section on training a system of two networks.
     """
 
-    bootstrap: Bootstrap = field(default_factory=SyntheticGradient)
+    bootstrap: Bootstrap = field(default_factory=lambda: SyntheticGradient(scale=1.0, reads="state"))
 
     @property
     def estimates(self) -> Bootstrap:
