@@ -145,8 +145,8 @@ def _curriculum(
 # ---- characters ---------------------------------------------------------------------------------------------------------------
 
 CHARACTER_RATES: dict[str, Mapping[int, float]] = {
-    TRUNCATED: {2: 8e-3, 4: 8e-3, 8: 8e-3, 16: 8e-3},
-    DNI: {2: 8e-3, 4: 8e-3, 8: 8e-3},
+    TRUNCATED: {2: 4e-3, 4: 8e-3, 8: 1.6e-2, 16: 1.6e-2},
+    DNI: {2: 8e-3, 4: 1.6e-2, 8: 1.6e-2},
 }
 """Rates of the small budget, by method and horizon, that the validation part chose: `benchmarks/horizon_rates.py`. A test compares."""
 

@@ -41,7 +41,7 @@ _SIZES = {
         seeds=3,
         training={
             "units": 128, "embedding": 128, "horizon": 10, "batch": 20, "epochs": 8, "stretches": 250, "restart": 1000,
-            "learning_rate": 2e-3, "clip_norm": 0.25, "task_fields": {"length": 40, "vocabulary_size": 2000},
+            "learning_rate": 2e-3, "clip_norm": 0.25, "task_fields": {"length": 40, "vocabulary_size": 2000, "evaluated": 20_000},
         },
     ),
     "full": _Size(
