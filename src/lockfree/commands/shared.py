@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,23 @@ from lockfree.rules import RULES
 from lockfree.run import Run
 from lockfree.sinks import TensorBoard
 from lockfree.trainer import Sink
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a training run is kept, and what is said of it.
+
+    Attributes:
+        out: Run folder to make.
+        resume: Go on with the run in --out.
+        tensorboard: Write TensorBoard scalars into the run folder, too.
+        json: End with one JSON object on standard output.
+    """
+
+    out: Path | None = None
+    resume: bool = False
+    tensorboard: bool = False
+    json: bool = False
 
 
 def known_rule(name: str) -> None:

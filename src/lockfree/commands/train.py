@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from lockfree import rules
-from lockfree.commands.shared import check_same, command_line, conclude, known_rule, tensorboard
+from lockfree.commands.shared import RunOptions, check_same, command_line, conclude, known_rule, tensorboard
 from lockfree.console import progress
 from lockfree.experiment import Experiment, RuleSettings, entry, write_report
 from lockfree.fields import parse_fields, written_fields
@@ -20,22 +20,14 @@ from lockfree.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(RuleSettings):
+class Train(RunOptions, RuleSettings):
     """Train one network by one rule; with --task, a recurrent one (see lockfree train --task TASK --help).
 
     Attributes:
         set: Hyperparameters of the rule, as rule.FIELD=VALUE.
-        out: Run folder to make.
-        resume: Go on with the run in --out.
-        tensorboard: Write TensorBoard scalars into the run folder, too.
-        json: End with one JSON object on standard output.
     """
 
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    out: Path | None = None
-    resume: bool = False
-    tensorboard: bool = False
-    json: bool = False
 
     @classmethod
     def of(cls, config: dict[str, Any], out: Path) -> "Train":

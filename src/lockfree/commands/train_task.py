@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from lockfree.choose import choose
-from lockfree.commands.shared import check_same, command_line, conclude, tensorboard
+from lockfree.commands.shared import RunOptions, check_same, command_line, conclude, tensorboard
 from lockfree.console import progress, short
 from lockfree.experiment import RuleSettings
 from lockfree.fields import parse_fields, written_fields
@@ -22,22 +22,14 @@ from lockfree.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTask(TaskSettings):
+class TrainTask(RunOptions, TaskSettings):
     """Train a recurrent network on a task, with what stands for the gradient from beyond its horizon.
 
     Attributes:
         set: Hyperparameters of the bootstrap and of the task, as bootstrap.FIELD=VALUE and task.FIELD=VALUE.
-        out: Run folder to make.
-        resume: Go on with the run in --out.
-        tensorboard: Write TensorBoard scalars into the run folder, too.
-        json: End with one JSON object on standard output.
     """
 
     set: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
-    out: Path | None = None
-    resume: bool = False
-    tensorboard: bool = False
-    json: bool = False
 
     @classmethod
     def of(cls, config: dict[str, Any], out: Path) -> "TrainTask":
