@@ -91,7 +91,9 @@ def test_a_resumed_run_has_each_look_once(tmp_path):
         one.fit(batches(5), epochs=epochs)
     lf.Trainer(learner(), run=tmp_path / "b", probes=[Information()], probe_data=sample()).fit(batches(5), epochs=2)
     seen = [lf.Run.open(tmp_path / name).metrics("probe") for name in "ab"]
+    took = [[line.pop("seconds") for line in lines] for lines in seen]
     assert seen[0] == seen[1]
+    assert all(0 < seconds < 60 for lines in took for seconds in lines)
     assert [line["step"] for line in seen[0]] == [0, 5, 10]
 
 

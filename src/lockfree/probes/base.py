@@ -79,6 +79,13 @@ class Probe(ABC):
         """Whether it is time to look, after so many steps."""
         return end_of_epoch if self.every is None else not end_of_epoch and step % self.every == 0
 
+    def check(self, learner: Learner) -> None:
+        """Refuses a learner that this probe has nothing to see in; asked when the probe is attached.
+
+        Raises:
+            ValueError: With what to do instead.
+        """
+
     @abstractmethod
     def look(self, view: View) -> dict[str, Any]:
         """Returns what is seen, as JSON values by name."""
