@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from lockfree.probes.base import Probe, View
+from lockfree.probes.base import Probe, View, blue
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ class Representation(Probe):
                 (wide, "participation_ratio", 1, "participation ratio"),
             ):
                 for block in range(count):
-                    shade = (0.15, 0.39, 0.92, 0.2 + 0.8 * (block + 1) / count)
+                    shade = blue((block + 1) / count)
                     axis.plot(steps, [scale * record[key][block] for record in records], color=shade, marker=".")
                 axis.set_title(name + ", dark: top", fontsize=9)
                 axis.set_xlabel("step")
