@@ -339,7 +339,8 @@ def _probed(entries: Sequence[Entry]) -> list[tuple[str, str, Any]]:
             entry.title: [line for line in entry.history if line.get("kind") == "probe" and line["probe"] == name]
             for entry in entries
         }
-        seen = {title: records for title, records in seen.items() if records}
+        # Looks at checkpoints are logged after the run.
+        seen = {title: sorted(records, key=lambda line: line["step"]) for title, records in seen.items() if records}
         if seen:
             costs = [cost for entry in entries if entry.title in seen and (cost := _cost(entry, seen[entry.title]))]
             said = " ".join([probe.said, *costs])
