@@ -64,16 +64,16 @@ class GradientQuality(Probe):
         learner, x, y = view.learner, view.inputs, view.targets
         size = batch_size(x) // self.minibatches
         if size < 2:
-            raise ValueError(f"{batch_size(x)} samples make no {self.minibatches} minibatches of 2 or more: pass more probe_data")
+            raise ValueError(
+                f"{batch_size(x)} samples make no {self.minibatches} minibatches of 2 or more: pass more probe_data"
+            )
         with undisturbed(learner.model), generators_apart():
             learner.model.train()
             random = torch.get_rng_state()
             credits, _ = _credits(learner, partial(learner.gradients, x, y))
             torch.set_rng_state(random)
             true, gradients = _credits(learner, partial(_true_gradients, learner, x, y))
-            parts = [
-                learner.gradients(*_part((x, y), slice(j * size, (j + 1) * size))) for j in range(self.minibatches)
-            ]
+            parts = [learner.gradients(*_part((x, y), slice(j * size, (j + 1) * size))) for j in range(self.minibatches)]
         found: dict[str, list[float | None]] = {key: [] for key in _COLUMNS}
         for estimate, truth in zip(credits, true, strict=True):
             for key, value in compare(estimate, truth).items():

@@ -91,9 +91,7 @@ def participation_ratio(z: Float[Tensor, "m ..."]) -> float:
     return float(gram.trace().square() / gram.square().sum())
 
 
-def linear_probe(
-    z: Float[Tensor, "m ..."], classes: Int[Tensor, " m"], *, ridge: float = 1e-2
-) -> float:
+def linear_probe(z: Float[Tensor, "m ..."], classes: Int[Tensor, " m"], *, ridge: float = 1e-2) -> float:
     r"""Accuracy of a linear classifier on held-out samples: ridge regression of one-hot classes, in closed form.
 
     $$W = (Z^TZ + \lambda I)^{-1}Z^TY, \qquad \lambda = \rho\,\mathrm{tr}(Z^TZ)/m$$
