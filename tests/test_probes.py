@@ -82,7 +82,7 @@ def test_probes_look_at_the_start_and_after_every_epoch_or_every_so_many_steps(t
     trainer.fit(batches(5), epochs=2)
     lines = lf.Run.open(tmp_path / "a").metrics("probe")
     looks = {name: [line["step"] for line in lines if line["probe"] == name] for name in PROBES}
-    assert looks == {"information": [0, 5, 10], "activations": [2, 4, 6, 8, 10], "alignment": [], **dict.fromkeys(NEW, [])}
+    assert looks == {"information": [0, 5, 10], "activations": [2, 4, 6, 8, 10], "alignment": [], **{key: [] for key in NEW}}
     assert [line["epoch"] for line in lines if line["probe"] == "information"] == [0, 1, 2]
 
 

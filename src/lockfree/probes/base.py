@@ -79,7 +79,7 @@ class Probe(ABC):
         """Whether it is time to look, after so many steps."""
         return end_of_epoch if self.every is None else not end_of_epoch and step % self.every == 0
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Learner) -> None:  # noqa: B027, most probes serve every learner
         """Refuses a learner that this probe has nothing to see in; asked when the probe is attached.
 
         Raises:
