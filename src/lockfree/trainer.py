@@ -296,7 +296,7 @@ class Trainer:
             clock = time.perf_counter()
             with undisturbed(self.learner.model):
                 seen = probe.look(view)
-            about = {"probe": probe.name, "step": self.learner.steps, "epoch": self._progress.epoch}
+            about: dict[str, Any] = {"probe": probe.name, "step": self.learner.steps, "epoch": self._progress.epoch}
             about["seconds"] = time.perf_counter() - clock
             self._tell("probe", about | seen, write=True)
         return True

@@ -86,4 +86,4 @@ def _save_tables(path: Path, seen: Mapping[str, Any]) -> None:
         except (TypeError, ValueError):  # rows of several lengths, words
             continue
     path.parent.mkdir(exist_ok=True)
-    np.savez_compressed(path, **tables)
+    np.savez_compressed(path, **tables)  # pyrefly: ignore[bad-argument-type]
