@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lockfree.learner import Learner
 from lockfree.probes.base import Probe, View, blue
-from lockfree.rng import generators_apart, undisturbed
+from lockfree.rng import get_rng, set_rng, undisturbed
 from lockfree.values import Values, batch_size, carriers
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ class GradientQuality(Probe):
             raise ValueError(
                 f"{batch_size(x)} samples make no {self.minibatches} minibatches of 2 or more: pass more probe_data"
             )
-        with undisturbed(learner.model), generators_apart():
+        with undisturbed(learner.model):  # generators, too
             learner.model.train()
-            random = torch.get_rng_state()
+            random = get_rng()
             credits, _ = _credits(learner, partial(learner.gradients, x, y))
-            torch.set_rng_state(random)
+            set_rng(random)
             true, gradients = _credits(learner, partial(_true_gradients, learner, x, y))
             parts = [learner.gradients(*_part((x, y), slice(j * size, (j + 1) * size))) for j in range(self.minibatches)]
         found: dict[str, list[float | None]] = {key: [] for key in _COLUMNS}
