@@ -15,6 +15,7 @@ from lockfree.cli import main
 from lockfree.probes import PROBES, Activations, Alignment, Information, Probe, View
 
 CASE = MODELS["mlp"]
+NEW = ("gradient-quality", "implied-loss", "representation")
 
 
 def learner(rule="backprop", seed=0):
@@ -81,7 +82,7 @@ def test_probes_look_at_the_start_and_after_every_epoch_or_every_so_many_steps(t
     trainer.fit(batches(5), epochs=2)
     lines = lf.Run.open(tmp_path / "a").metrics("probe")
     looks = {name: [line["step"] for line in lines if line["probe"] == name] for name in PROBES}
-    assert looks == {"information": [0, 5, 10], "activations": [2, 4, 6, 8, 10], "alignment": []}
+    assert looks == {"information": [0, 5, 10], "activations": [2, 4, 6, 8, 10], "alignment": [], **{key: [] for key in NEW}}
     assert [line["epoch"] for line in lines if line["probe"] == "information"] == [0, 1, 2]
 
 
@@ -91,7 +92,9 @@ def test_a_resumed_run_has_each_look_once(tmp_path):
         one.fit(batches(5), epochs=epochs)
     lf.Trainer(learner(), run=tmp_path / "b", probes=[Information()], probe_data=sample()).fit(batches(5), epochs=2)
     seen = [lf.Run.open(tmp_path / name).metrics("probe") for name in "ab"]
+    took = [[line.pop("seconds") for line in lines] for lines in seen]
     assert seen[0] == seen[1]
+    assert all(0 < seconds < 60 for lines in took for seconds in lines)
     assert [line["step"] for line in seen[0]] == [0, 5, 10]
 
 
@@ -176,7 +179,7 @@ def test_the_command_line_attaches_probes_and_the_report_draws_them(tmp_path, ca
         [
             "compare",
             "--rules",
-            "backprop,hsic",
+            "dni,cdni",
             "--data",
             "digits",
             "--epochs",
@@ -184,7 +187,7 @@ def test_the_command_line_attaches_probes_and_the_report_draws_them(tmp_path, ca
             "--out",
             str(tmp_path / "a"),
             "--probe",
-            "information,activations,alignment",
+            ",".join(PROBES),
             "--json",
         ]
     )
@@ -194,12 +197,12 @@ def test_the_command_line_attaches_probes_and_the_report_draws_them(tmp_path, ca
         assert probe.said in page.replace("&#39;", "'")
     assert len(re.findall(r'<section class="card probe"><svg [^>]*width="100%"', page)) == len(PROBES)
     assert not re.search(r'(src|href)="(?!https://arxiv|#|data:image)', page)  # nothing but itself
-    looks = lf.Run.open(tmp_path / "a" / "hsic").metrics("probe")
+    looks = lf.Run.open(tmp_path / "a" / "cdni").metrics("probe")
     assert [line["probe"] for line in looks] == [*PROBES] * 2
     capsys.readouterr()
     plain = tmp_path / "b"
-    main(["train", "--rule", "hsic", "--data", "digits", "--epochs", "1", "--out", str(plain), "--json"])
-    assert lf.Run.open(plain).result["test_loss"] == lf.Run.open(tmp_path / "a" / "hsic").result["test_loss"]
+    main(["train", "--rule", "cdni", "--data", "digits", "--epochs", "1", "--out", str(plain), "--json"])
+    assert lf.Run.open(plain).result["test_loss"] == lf.Run.open(tmp_path / "a" / "cdni").result["test_loss"]
     assert "Probe:" not in (plain / "report.html").read_text()
 
 

@@ -60,7 +60,8 @@ class Settings:
         clip_norm: Longest gradient of the network's parameters, above 0; any if left out.
         seed: Decides initial weights, the order of the data and dropout.
         device: Where to train: cpu, cuda, cuda:1, ...
-        probe: What looks on along training, with commas: information, activations.
+        probe: What looks on along training, with commas: information, activations, alignment, gradient-quality,
+            implied-loss, representation.
     """
 
     data: str = "fashion-mnist"
@@ -215,6 +216,8 @@ class Experiment(RuleSettings):
             return many_workers.run(self, folder, resume=resume, sinks=sinks)
         dataset = load_once(self.data, self.device)
         learner = self.make_learner(dataset)
+        for probe in self.make_probes():
+            probe.check(learner)
         loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
         test = TensorLoader(*dataset.test, batch_size=1000, shuffle=False)
         run = None
@@ -228,7 +231,7 @@ class Experiment(RuleSettings):
             sinks=sinks,
             scheduler=scheduler,
             probes=self.make_probes(),
-            probe_data=(dataset.test.inputs[:_PROBED], dataset.test.targets[:_PROBED]),
+            probe_data=probed(dataset),
         )
         summary = trainer.fit(loader, test, epochs=self.epochs)
         found = evaluate(learner, test)
@@ -310,6 +313,11 @@ class Decay(torch.optim.lr_scheduler.LambdaLR):
         super().load_state_dict({**state_dict, "lr_lambdas": [None] * len(self.lr_lambdas)})
         for group, base, share in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * share(self.last_epoch)
+
+
+def probed(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the test images that probes look at, and their classes."""
+    return dataset.test.inputs[:_PROBED], dataset.test.targets[:_PROBED]
 
 
 def load_once(name: str, device: str) -> Dataset:

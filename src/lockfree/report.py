@@ -339,10 +339,21 @@ def _probed(entries: Sequence[Entry]) -> list[tuple[str, str, Any]]:
             entry.title: [line for line in entry.history if line.get("kind") == "probe" and line["probe"] == name]
             for entry in entries
         }
-        seen = {title: records for title, records in seen.items() if records}
+        # Looks at checkpoints are logged after the run.
+        seen = {title: sorted(records, key=lambda line: line["step"]) for title, records in seen.items() if records}
         if seen:
-            drawings.append((f"Probe: {name}", probe.said, Markup(_svg(probe.draw(seen)))))
+            costs = [cost for entry in entries if entry.title in seen and (cost := _cost(entry, seen[entry.title]))]
+            said = " ".join([probe.said, *costs])
+            drawings.append((f"Probe: {name}", said, Markup(_svg(probe.draw(seen)))))
     return drawings
+
+
+def _cost(entry: Entry, records: Sequence[Mapping[str, Any]]) -> str:
+    """Says how long a probe took, and what share of the training time that is."""
+    spent, trained = sum(record.get("seconds", 0.0) for record in records), entry.result.get("seconds")
+    if not spent or not trained:
+        return ""
+    return f"Looking took {spent:.2g} s, {100 * spent / trained:.1f} % of the training time ({entry.title})."
 
 
 def _by_workers(entries: Sequence[Entry]) -> list[tuple[str, str, Any]]:

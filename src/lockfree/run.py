@@ -244,6 +244,22 @@ class Run:
             )
         return None
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, oldest first."""
+        return self._steps()[::-1]
+
+    def checkpoint_at(self, step: int) -> dict[Any, Any]:
+        """Reads the checkpoint of one step.
+
+        Args:
+            step: One of `steps`.
+
+        Raises:
+            CorruptCheckpoint: If it is not whole.
+        """
+        return checkpoint.load(self._checkpoint(step))
+
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes what the run came to.
 

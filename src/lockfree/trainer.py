@@ -143,6 +143,8 @@ class Trainer:
                 raise ValueError(f"{name}={every}: give a number of steps, 1 or more")
         if probes and probe_data is None:
             raise ValueError("probes need samples to look at: pass probe_data=(inputs, targets), a few hundred of them")
+        for probe in probes:
+            probe.check(learner)
         if resume and run is None:
             raise ValueError("resume=True needs the folder of the run to go on with: pass run=")
         self.run = self._open(run)
@@ -291,9 +293,11 @@ class Trainer:
         assert self._probe_data is not None
         view = View(self.learner, *self._probe_data)
         for probe in due:
+            clock = time.perf_counter()
             with undisturbed(self.learner.model):
                 seen = probe.look(view)
-            about = {"probe": probe.name, "step": self.learner.steps, "epoch": self._progress.epoch}
+            about: dict[str, Any] = {"probe": probe.name, "step": self.learner.steps, "epoch": self._progress.epoch}
+            about["seconds"] = time.perf_counter() - clock
             self._tell("probe", about | seen, write=True)
         return True
 

@@ -7,6 +7,7 @@ from lockfree.commands.advise import Advise
 from lockfree.commands.bench import Bench
 from lockfree.commands.compare import Compare
 from lockfree.commands.data import Data
+from lockfree.commands.probe import Look
 from lockfree.commands.replay import Replay
 from lockfree.commands.reproduce import Reproduce
 from lockfree.commands.rules import Cite, Rules
@@ -31,6 +32,7 @@ COMMANDS: dict[str, type[Command]] = {
     "cite": Cite,
     "data": Data,
     "bench": Bench,
+    "probe": Look,
     "replay": Replay,
     "reproduce": Reproduce,
     "simulate": Simulate,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lockfree.learner import Learner
 from lockfree.probes.base import Probe, View
 
 if TYPE_CHECKING:
@@ -40,10 +41,14 @@ class Activations(Probe):
         if self.units < 1 or self.bins < 2:
             raise ValueError(f"units={self.units}, bins={self.bins}: give 1 or more units and 2 or more bins")
 
+    def check(self, learner: Learner) -> None:
+        count = len(learner.chain.blocks)
+        if not -count <= self.block < count:
+            raise ValueError(f"block={self.block}: this model has blocks 0 to {count - 1}")
+
     def look(self, view: View) -> dict[str, Any]:
+        self.check(view.learner)
         found = view.representations
-        if not -len(found) <= self.block < len(found):
-            raise ValueError(f"block={self.block}: this model has blocks 0 to {len(found) - 1}")
         if view.targets.is_floating_point() or view.targets.dim() != 1:
             raise ValueError("activations are shown by class: this probe wants class numbers of shape (batch,)")
         z = found[self.block][:, : self.units].double()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lockfree.feedback import FeedbackWeights
 from lockfree.learner import Learner
-from lockfree.probes.base import Probe, View
+from lockfree.probes.base import Probe, View, blue
 from lockfree.rng import undisturbed
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Alignment(Probe):
                 named = range(0, max(count, 1), max(-(-count // 8), 1))
                 for index in range(count):
                     values = [math.nan if record[key][index] is None else record[key][index] for record in records]
-                    shade = (0.15, 0.39, 0.92, 0.2 + 0.8 * (index + 1) / count)
+                    shade = blue((index + 1) / count)
                     axis.plot(steps, values, color=shade, marker=".", label=f"{label} {index}" if index in named else None)
                 axis.axhline(90, color="#adb5bd", lw=1, ls="--")
                 axis.set(ylim=(0, 180), yticks=(0, 45, 90, 135, 180), xlabel="step")

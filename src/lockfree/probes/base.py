@@ -79,6 +79,13 @@ class Probe(ABC):
         """Whether it is time to look, after so many steps."""
         return end_of_epoch if self.every is None else not end_of_epoch and step % self.every == 0
 
+    def check(self, learner: Learner) -> None:  # noqa: B027, most probes serve every learner
+        """Refuses a learner that this probe has nothing to see in; asked when the probe is attached.
+
+        Raises:
+            ValueError: With what to do instead.
+        """
+
     @abstractmethod
     def look(self, view: View) -> dict[str, Any]:
         """Returns what is seen, as JSON values by name."""
@@ -92,3 +99,8 @@ class Probe(ABC):
             runs: For each run, by its title, the records in the order in which they were made: what `look` returned, with
                 ``step`` and ``epoch``.
         """
+
+
+def blue(part: float) -> tuple[float, float, float, float]:
+    """Returns the colour of a line: the darker, the higher in the network."""
+    return 0.15, 0.39, 0.92, min(1.0, 0.2 + 0.8 * part)

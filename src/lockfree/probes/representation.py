@@ -1,0 +1,194 @@
+"""What the representations of a network are like: similarity, geometry, and what can be read out of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from lockfree.probes.base import Probe, View, blue
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def linear_cka(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Float[Tensor, "n k"]:
+    r"""Linear CKA of every layer of one network with every layer of another, or of the same.
+
+    $$\mathrm{CKA}(A, B) = \frac{\langle K_A, K_B\rangle_F}{\lVert K_A\rVert_F \lVert K_B\rVert_F}, \qquad K_A = H A A^T H$$
+
+    It is `lockfree.hsic.cka` with linear kernels; here each Gram matrix is made once for all pairs.
+
+    Args:
+        ones: Representations of the same m samples, shape (m, ...) each.
+        others: Likewise; features may differ in number.
+
+    Returns:
+        Numbers from 0 to 1; nan where a layer is constant.
+
+    Raises:
+        ValueError: If the numbers of samples differ.
+
+    Example:
+        >>> x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+        >>> round(float(linear_cka([x], [2 * x + 1])[0, 0]), 4)
+        1.0
+
+    Reference:
+        Kornblith, Norouzi, Lee, Hinton 2019, arXiv 1905.00414, equations 1 to 3.
+    """
+    counts = {len(z) for z in (*ones, *others)}
+    if len(counts) != 1:
+        raise ValueError(f"representations of {sorted(counts)} samples: compare layers on the same samples")
+    return _directions(ones) @ _directions(others).T
+
+
+def _directions(layers: Sequence[Tensor]) -> Tensor:
+    grams = []
+    for z in layers:
+        rows = _centred(z)
+        gram = (rows @ rows.T).flatten()
+        grams.append(gram / gram.norm())
+    return torch.stack(grams)
+
+
+def _centred(z: Tensor) -> Tensor:
+    rows = z.detach().flatten(1).double()
+    return rows - rows.mean(0)
+
+
+def dissimilarity(z: Float[Tensor, "m ..."]) -> Float[Tensor, "m m"]:
+    """Returns the representational dissimilarity matrix: 1 minus the correlation of each two samples' features, 0 to 2.
+
+    A sample whose features are all equal correlates with none: its dissimilarities are 1.
+
+    Example:
+        >>> dissimilarity(torch.tensor([[0.0, 1.0], [1.0, 3.0], [1.0, 0.0]])).tolist()
+        [[0.0, 0.0, 2.0], [0.0, 0.0, 2.0], [2.0, 2.0, 0.0]]
+
+    Reference:
+        Kriegeskorte, Mur, Bandettini 2008, "Representational similarity analysis".
+    """
+    rows = z.detach().flatten(1).double()
+    rows = F.normalize(rows - rows.mean(1, keepdim=True), dim=1)
+    found = (1 - rows @ rows.T).clamp(0, 2)
+    return found.fill_diagonal_(0)
+
+
+def participation_ratio(z: Float[Tensor, "m ..."]) -> float:
+    r"""Returns $(\mathrm{tr}\,C)^2/\mathrm{tr}\,C^2$ of the features' covariance: how many directions carry the variance.
+
+    It is from 1 to the number of features; nan where nothing varies.
+
+    Reference:
+        Gao, Trautmann, Yu et al. 2017, "A theory of multineuronal dimensionality, dynamics and measurement".
+    """
+    rows = _centred(z)
+    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows  # the same eigenvalues, but for zeros
+    return float(gram.trace().square() / gram.square().sum())
+
+
+def linear_probe(z: Float[Tensor, "m ..."], classes: Int[Tensor, " m"], *, ridge: float = 1e-2) -> float:
+    r"""Accuracy of a linear classifier on held-out samples: ridge regression of one-hot classes, in closed form.
+
+    $$W = (Z^TZ + \lambda I)^{-1}Z^TY, \qquad \lambda = \rho\,\mathrm{tr}(Z^TZ)/m$$
+
+    Every second sample, from the second, is held out; $Z$ and $Y$ are centred by the others' means.
+
+    Args:
+        z: A layer's output.
+        classes: Class numbers.
+        ridge: $\rho$, above 0.
+
+    Reference:
+        Alain, Bengio 2016, "Understanding intermediate layers using linear classifier probes", arXiv 1610.01644 (there logistic).
+    """
+    rows, labels = z.detach().flatten(1).double(), F.one_hot(classes.clamp_min(0)).double()
+    train, held = slice(0, None, 2), slice(1, None, 2)
+    middle, prior = rows[train].mean(0), labels[train].mean(0)
+    mine, wanted, others = rows[train] - middle, labels[train] - prior, rows[held] - middle
+    gram = mine @ mine.T
+    penalty = ridge * float(gram.trace()) / len(mine)
+    if not penalty > 0:
+        scores = prior.expand(len(others), -1)
+    else:  # the dual form: as many unknowns as samples, however many features
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        scores = others @ (mine.T @ torch.linalg.solve(gram + penalty * eye, wanted)) + prior
+    return float((scores.argmax(1) == classes[held]).double().mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Representation(Probe):
+    """Dissimilarity matrices, linear CKA between all layers, a linear probe and the participation ratio of each layer.
+
+    Attributes:
+        pictured: Samples in a dissimilarity matrix, 2 or more, ordered by class; as many of each as there are.
+        ridge: Of the linear probes, above 0; see `linear_probe`.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Reference:
+        Czarnecki et al. 2017, arXiv 1703.00522, section 5.
+    """
+
+    name = "representation"
+    said = (
+        "At the end: how unlike each two samples are in a layer (1 minus correlation, samples ordered by class), and how alike each two "
+        "layers are (linear CKA); along training: what a linear classifier reads out of each layer on samples that it was not fitted "
+        "to, and how many directions carry the layer's variance. In evaluation mode, on held-out samples."
+    )
+    pictured: int = 100
+    ridge: float = 1e-2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pictured < 2 or not self.ridge > 0:
+            raise ValueError(f"pictured={self.pictured}, ridge={self.ridge}: give 2 or more samples and a ridge above 0")
+
+    def look(self, view: View) -> dict[str, Any]:
+        layers, classes = view.representations, view.targets
+        if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dim() != 1:
+            raise ValueError("layers are compared by class: this probe wants class numbers of shape (batch,)")
+        order = torch.argsort(classes, stable=True)
+        order = order[torch.linspace(0, len(order) - 1, min(self.pictured, len(order)), device=order.device).round().long()]
+        return {
+            "classes": classes[order].tolist(),
+            "rdm": [[[round(value, 2) for value in row] for row in dissimilarity(z[order]).tolist()] for z in layers],
+            "cka": linear_cka(layers, layers).tolist(),
+            "probe_accuracy": [linear_probe(z, classes, ridge=self.ridge) for z in layers],
+            "participation_ratio": [participation_ratio(z) for z in layers],
+        }
+
+    @classmethod
+    def draw(cls, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9.2, 4.6 * len(runs)), layout="constrained")
+        for part, (title, records) in zip(figure.subfigures(len(runs), 1, squeeze=False)[:, 0], runs.items(), strict=True):
+            upper, lower = part.subfigures(2, 1)
+            part.suptitle(title, fontsize=10)
+            last, steps = records[-1], [record["step"] for record in records]
+            count = len(last["rdm"])
+            shown = sorted({round(index * (count - 1) / min(7, max(count - 1, 1))) for index in range(min(8, count))})
+            for axis, layer in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+                axis.imshow(last["rdm"][layer], vmin=0, vmax=2, cmap="viridis", interpolation="nearest")
+                axis.set(xticks=(), yticks=())
+                axis.set_title(f"block {layer}", fontsize=8)
+            alike, read, wide = lower.subplots(1, 3)
+            figure.colorbar(alike.imshow(last["cka"], vmin=0, vmax=1, cmap="magma", interpolation="nearest"), ax=alike)
+            alike.set_title(f"linear CKA after step {last['step']}", fontsize=9)
+            for axis, key, scale, name in (
+                (read, "probe_accuracy", 100, "linear probe, %"),
+                (wide, "participation_ratio", 1, "participation ratio"),
+            ):
+                for block in range(count):
+                    shade = blue((block + 1) / count)
+                    axis.plot(steps, [scale * record[key][block] for record in records], color=shade, marker=".")
+                axis.set_title(name + ", dark: top", fontsize=9)
+                axis.set_xlabel("step")
+                axis.grid(alpha=0.25)
+        return figure
