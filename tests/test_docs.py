@@ -32,6 +32,21 @@ def test_the_example_of_many_workers_runs(capsys):
     assert capsys.readouterr().out.startswith("{0: ")
 
 
+def test_the_example_of_recurrent_networks_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recurrent.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    learner = names["learner"]
+    assert (learner.updates, learner.locks) == (20 * 5, {"forward"})  # 40 steps are 5 chunks
+    assert "'bits_per_character'" in capsys.readouterr().out
+
+
+def test_a_bootstrap_from_outside_the_package_learns():
+    names = runpy.run_path(str(ROOT / "examples" / "own_bootstrap.py"))
+    before, after = names["main"]()
+    assert after < before - 0.5  # bits per character
+
+
 def test_a_rule_from_outside_the_package_learns():
     names = runpy.run_path(str(ROOT / "examples" / "own_rule.py"))
     accuracy = names["main"]()
