@@ -705,5 +705,7 @@ def test_the_benchmark_runs():
     found = recurrent(rounds=1, repeats=1, horizons=(20,), lengths=(16, 32), size=Size(units=8, batch=2))
     assert found["dni_saved_32_over_16"] == 1.0
     ratios = [name for name in found if name.endswith("_over_truncated_T20")]
-    assert sorted(ratios) == [f"{name}_over_truncated_T20" for name in ("dni_auxiliary", "dni_gamma", "dni", "dni_solved")]
+    assert sorted(ratios) == [
+        f"{name}_over_truncated_T20" for name in ("dni_auxiliary", "dni_gamma", "dni_linear", "dni", "dni_solved")
+    ]
     assert all(found[name] > 0 for name in [*ratios, "engine_over_plain_T20"])

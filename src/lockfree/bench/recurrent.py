@@ -33,6 +33,7 @@ LENGTHS = (80, 800)
 _LENGTH, _STRETCHES = 40, 20  # steps of a timed stretch, and how many different ones there are
 _VARIANTS: dict[str, tuple[Bootstrap, bool]] = {
     "dni": (SyntheticGradient(), False),
+    "dni_linear": (SyntheticGradient(hidden_layers=0), False),
     "dni_solved": (LeastSquaresGradient(), False),
     "dni_auxiliary": (SyntheticGradient(), True),
     "dni_gamma": (SyntheticGradient(gamma=0.9), False),
@@ -65,8 +66,9 @@ def recurrent(
 
     The text is the Shakespeare sample inside this package; the optimizer is the command line's own (fused Adam). Each bootstrap is
     timed in turn with truncated backpropagation at the same horizon T, under the same engine: the ratios are of the time of a
-    character. ``dni`` is one hidden layer as wide as the LSTM; ``dni_gamma`` is the same with a γ other than its scale, which
-    takes half a backward pass more. ``engine`` is truncated backpropagation over the plain loop that one would write by hand.
+    character. ``dni`` is one hidden layer as wide as the LSTM, ``dni_linear`` none; ``dni_gamma`` is the first with a γ other than its
+    scale, which takes half a backward pass more. ``engine`` is truncated backpropagation over the plain loop that one would write by
+    hand.
 
     What autograd keeps is metered at T = 8 over one stretch of 80 and of 800 steps, its inputs left out.
 

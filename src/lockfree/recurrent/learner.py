@@ -116,6 +116,8 @@ class RecurrentLearner:
             raise ValueError(f"{self._chunk.steps} observed steps wait to be learnt: call drain() before step")
         stretch = Stretch(inputs, targets, done)
         self._enter(stretch)
+        if done is not None and not done.any():  # nobody's end need be heeded, chunk by chunk
+            stretch = stretch._replace(done=None)
         whole = min(self.horizon, len(inputs))
         learnt = []
         for start in range(0, len(inputs), self.horizon):
@@ -289,13 +291,16 @@ class RecurrentLearner:
         border = horizon.border_after(chunk, following, rest, whole)
         estimate = horizon.estimate(border)
         scale, gamma = horizon.estimator.scale(self.updates), horizon.estimator.gamma(self.updates)
-        credit, target = (layout.parted(estimate * (part / chunk.samples)) if part else None for part in (scale, gamma))
+
+        def parted(part: float) -> list[Tensor] | None:
+            return layout.parted(estimate * (part / chunk.samples)) if part else None
+
         auxiliary = self._auxiliary_loss(chunk, estimate)
         begins = horizon.border is not None
         jacobian = chunk.jacobian() if begins and horizon.estimator.wants_jacobian else None
         apart = begins and horizon.estimator.chunks == 1 and gamma != scale
-        truth = chunk.gradient(loss, target, keep=True) if apart else None
-        carried = chunk.backward([loss] if auxiliary is None else [loss, auxiliary], credit)
+        truth = chunk.gradient(loss, parted(gamma), keep=True) if apart else None
+        carried = chunk.backward([loss] if auxiliary is None else [loss, auxiliary], parted(scale))
         truth = layout.joined(carried if truth is None else truth) * chunk.samples
         self._update.take()
         if auxiliary is not None:
