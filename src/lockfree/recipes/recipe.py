@@ -19,6 +19,8 @@ Key = tuple[str, float | int, str]
 ERROR = "test error, %"
 """What most recipes show."""
 
+_MOST_TICKS = 12  # more would be written over each other
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -170,10 +172,11 @@ class Recipe:
                 if paper:
                     axis.plot(*zip(*paper, strict=True), color=colour, ls="--", lw=1, alpha=0.6)
             axis.set(title=panel, xlabel=self.x_labels.get(panel, self.x_label), ylim=(0, None) if self.from_zero else None)
-            axis.set_xticks(sorted({e["x"] for e in summary["entries"] if e["panel"] == panel}))
+            ticks = sorted({e["x"] for e in summary["entries"] if e["panel"] == panel})
+            if len(ticks) <= _MOST_TICKS:
+                axis.set_xticks(ticks)
             if self.log_x and panel not in self.x_labels:
                 axis.set_xscale("log")
-                ticks = sorted({e["x"] for e in summary["entries"] if e["panel"] == panel})
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axis.minorticks_off()
             axis.grid(alpha=0.25)
