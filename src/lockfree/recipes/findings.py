@@ -212,8 +212,11 @@ def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
 def _cell(figure: Mapping[str, Any] | None, digits: int) -> str:
     if figure is None or figure["mean"] is None:
         return "-"
-    interval = "" if figure["low"] is None else f" ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
-    return f"{figure['mean']:.{digits}f}{interval}"
+    mean, *ends = (
+        None if value is None else round(value, digits) + 0.0 for value in (figure[key] for key in ("mean", "low", "high"))
+    )
+    interval = "" if None in ends else f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
+    return f"{mean:.{digits}f}{interval}"
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------------------
