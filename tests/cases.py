@@ -74,6 +74,7 @@ RULES = (
         locks=FORWARD,
         refuses=("gpt", "tied"),
     ),
+    RuleCase(name="dni-line-search", make=lambda: DNI(form="line-search", learning_rate=0.5), locks=FORWARD),
     RuleCase(
         name="cdni-critic", make=lambda: DNI(conditioned=True, form="critic", **HIDDEN), locks=FORWARD, refuses=("gpt", "tied")
     ),
@@ -93,6 +94,7 @@ RULES = (
     RuleCase(name="usf", make=lf.rules.SignSymmetry, locks=ALL, refuses=("tied",)),
     RuleCase(name="brsf", make=lambda: lf.rules.SignSymmetry(magnitude="batchwise"), locks=ALL, refuses=("tied",)),
     RuleCase(name="frsf", make=lambda: lf.rules.SignSymmetry(magnitude="fixed"), locks=ALL, refuses=("tied",)),
+    RuleCase(name="kickback", make=lf.rules.Kickback, locks=ALL, refuses=("tied",)),
     RuleCase(name="drtp", make=lf.rules.DirectRandomTargets, locks=FORWARD),
     RuleCase(name="predsim", make=lambda: lf.rules.LocalLoss(balance=0.5, rows=16), locks=FORWARD),
     RuleCase(name="pred", make=lambda: lf.rules.LocalLoss(loss="pred"), locks=FORWARD),
@@ -112,6 +114,7 @@ RULES = (
     RuleCase(
         name="ff-hard", make=lambda: lf.rules.ForwardForward(negatives="hard"), locks=UPDATE, refuses=("gpt", "unet", "dict")
     ),
+    RuleCase(name="noise", make=lf.rules.Noise, locks=FORWARD),
     RuleCase(name="dfa", make=lambda: lf.rules.DirectFeedbackAlignment(scale=0.5), locks=UPDATE),
 )
 

@@ -55,23 +55,33 @@ def like_initial(weight: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(drawn, a=5**0.5).to(weight.dtype)
 
 
+def initial_deviation(weight: Tensor) -> float:
+    """Returns the standard deviation of what PyTorch initialises such a weight with, 1/sqrt(3 fan in)."""
+    return (3 * weight[0].numel()) ** -0.5
+
+
 class Fixed(Feedback):
-    """A fixed random B.
+    """A B that stays as it is.
 
     Args:
-        weight: W.
+        weights: B, of the shape of W.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weights: Tensor) -> None:
         super().__init__()
         self.weights: Tensor
-        self.register_buffer("weights", like_initial(weight))
+        self.register_buffer("weights", weights)
 
     def keep(self, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (self.weights,)
 
     def matrix(self, *kept: Tensor) -> Tensor:
         return kept[0]
+
+
+def fixed_random(weight: Tensor) -> Feedback:
+    """Makes a fixed random B with the distribution that PyTorch initialises W with."""
+    return Fixed(like_initial(weight))
 
 
 class Way:
@@ -344,7 +354,7 @@ class FeedbackWeights(nn.Module):
     """
 
     def __init__(
-        self, layers: Iterable[tuple[str, nn.Module]], *, make: Callable[[Tensor], Feedback] = Fixed, rule: str
+        self, layers: Iterable[tuple[str, nn.Module]], *, make: Callable[[Tensor], Feedback] = fixed_random, rule: str
     ) -> None:
         super().__init__()
         self.feedbacks = nn.ModuleList()

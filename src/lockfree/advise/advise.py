@@ -142,7 +142,8 @@ def _wanted(rules: Sequence[Rule | str] | None) -> list[Rule]:
     """
     if isinstance(rules, str):
         raise TypeError(f"rules={rules!r} is one name: pass a list of names, rules=[{rules!r}]")
-    made = [get(rule) if isinstance(rule, str) else rule for rule in (RULES if rules is None else rules)]
+    named = [name for name in RULES if name != "noise"] if rules is None else rules  # nobody is advised to learn nothing
+    made = [get(rule) if isinstance(rule, str) else rule for rule in named]
     for rule in made:
         if not isinstance(rule, Rule):
             raise TypeError(f"rules are names such as 'dfa', or rules such as lockfree.rules.LocalLoss(), got {rule!r}")

@@ -16,8 +16,10 @@ from lockfree.rules.feedback_alignment import FeedbackAlignment
 from lockfree.rules.forward_forward import ForwardForward
 from lockfree.rules.hsic_bottleneck import HSICBottleneck
 from lockfree.rules.info_pro import InfoPro
+from lockfree.rules.kickback import Kickback
 from lockfree.rules.local_loss import LocalLoss
 from lockfree.rules.mono_forward import MonoForward
+from lockfree.rules.noise import Noise
 from lockfree.rules.sign_symmetry import SignSymmetry
 from lockfree.rules.synthetic_gradients import SyntheticGradients
 
@@ -30,6 +32,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "usf": SignSymmetry,
     "brsf": partial(SignSymmetry, magnitude="batchwise"),
     "frsf": partial(SignSymmetry, magnitude="fixed"),
+    "kickback": Kickback,
     "dfa": DirectFeedbackAlignment,
     "drtp": DirectRandomTargets,
     "ff": ForwardForward,
@@ -41,6 +44,7 @@ RULES: dict[str, Callable[..., Rule]] = {
     "dgl": DecoupledGreedy,
     "infopro": InfoPro,
     "auglocal": AugLocal,
+    "noise": Noise,
 }
 """Every rule by its command-line name."""
 
@@ -74,8 +78,10 @@ __all__ = [
     "ForwardForward",
     "HSICBottleneck",
     "InfoPro",
+    "Kickback",
     "LocalLoss",
     "MonoForward",
+    "Noise",
     "SignSymmetry",
     "SyntheticGradients",
     "get",

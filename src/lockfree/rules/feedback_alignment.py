@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lockfree.feedback import Feedback, FeedbackRule, Fixed
+from lockfree.feedback import Feedback, FeedbackRule, fixed_random
 from lockfree.rule import Card
 
 
@@ -42,4 +42,4 @@ class FeedbackAlignment(FeedbackRule):
     )
 
     def feedback(self, weight: Tensor) -> Feedback:
-        return Fixed(weight)
+        return fixed_random(weight)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lockfree.choose import choose
-from lockfree.feedback import Feedback, FeedbackRule, like_initial
+from lockfree.feedback import Feedback, FeedbackRule, initial_deviation, like_initial
 from lockfree.rng import seed_of
 from lockfree.rule import Card, Context
 
@@ -56,9 +56,7 @@ class _Redrawn(_Signed):
 
 
 def _uniform(weight: Tensor) -> Feedback:
-    # The standard deviation of what PyTorch initialises these weights with.
-    fan_in = weight[0].numel()
-    return _Unchanged(torch.full((), (3 * fan_in) ** -0.5, dtype=weight.dtype, device=weight.device))
+    return _Unchanged(torch.full((), initial_deviation(weight), dtype=weight.dtype, device=weight.device))
 
 
 _MAGNITUDES = {

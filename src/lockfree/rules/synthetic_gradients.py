@@ -42,8 +42,9 @@ class SyntheticGradients(Rule):
         conditioned: Whether M also sees the label c (then the block needs TARGET, else NOTHING): class numbers as one-hot rows,
             real-valued targets of the model's output's shape (bits, a regression) as they are.
         per_class: Whether each class has a synthesiser of its own, instead of the label among its inputs.
-        form: What M is: "gradient", a network that puts the gradient out; "gaussian", one that puts out its mean and scale;
-            "critic", one that predicts the loss and is differentiated; "sobolev", a critic whose derivative is fitted, too.
+        form: What M is: "gradient", a network that puts the gradient out; "line-search", the same without hidden layers, by steps of
+            the best length; "sigmoid", a sigmoid of an affine map; "gaussian", a network that puts out mean and scale; "critic", one
+            that predicts the loss and is differentiated; "sobolev", a critic whose derivative is fitted, too.
         hidden_layers: Hidden layers of M, 0 (linear) or more; each is affine, batch normalisation, ReLU. A critic needs 1.
         hidden_units: Width of a hidden layer (channels where the block's output is an image).
         kernel_size: Odd width of M's convolutions where the block's output is an image.
@@ -53,7 +54,8 @@ class SyntheticGradients(Rule):
             classes to condition on, 0 for none) that returns one. It maps y, or (y, one-hot label), to a tensor of y's shape.
         borders: Blocks that get a synthesiser, 0 at the bottom; ``None`` for all but the last. The others wait for the block
             above, as in backpropagation; so ``(k,)`` makes two big blocks.
-        learning_rate: Of the synthesisers' Adam, above 0; ``None``: a default by form and conditioning, found on held-out images.
+        learning_rate: Of the synthesisers' Adam, above 0 (form "line-search": parts of the best step); ``None``: a default by form
+            and conditioning, found on held-out images.
         update_probability: Probability that a block learns from a batch, above 0 to 1, drawn for each block and batch. A block
             that does not learn runs forward only; the synthesiser below it has then nothing to learn from.
         block_every: Blocks learn from every so-manieth batch, 1 or more. In between they report to the synthesisers below.
@@ -78,8 +80,9 @@ class SyntheticGradients(Rule):
 
     Reference:
         Jaderberg et al. 2016, "Decoupled neural interfaces using synthetic gradients", arXiv 1608.05343, section 2 and
-        appendix; M is $M_{i+1}$ and $\delta$ is $\delta_i$ there. Critics: Czarnecki et al. 2017, "Sobolev training for neural
-        networks", arXiv 1706.04859. Annealed noise: Neelakantan et al. 2015, arXiv 1511.06807, equation 1.
+        appendix; M is $M_{i+1}$ and $\delta$ is $\delta_i$ there. Line search, sigmoid: Czarnecki et al. 2017, "Understanding
+        synthetic gradients and decoupled neural interfaces", arXiv 1703.00522. Critics: Czarnecki et al. 2017, "Sobolev training for
+        neural networks", arXiv 1706.04859. Annealed noise: Neelakantan et al. 2015, arXiv 1511.06807, equation 1.
     """
 
     conditioned: bool = False
@@ -133,10 +136,13 @@ class SyntheticGradients(Rule):
             raise ValueError("per_class=True is a form of label conditioning: give conditioned=True, too")
         if self.synthesiser is not None and (self.form != "gradient" or self.per_class):
             raise ValueError('a synthesiser of your own puts gradients out: leave form at "gradient" and per_class out')
-        if self.form in ("critic", "sobolev") and not self.hidden_layers:
+        least, most = FORMS[self.form].hidden_layers
+        if self.hidden_layers < least:
             raise ValueError(
                 f"form={self.form!r} needs a hidden layer, hidden_layers=1: an affine critic has one gradient for all"
             )
+        if most is not None and self.hidden_layers > most:
+            raise ValueError(f"form={self.form!r} has no hidden layers, not hidden_layers={self.hidden_layers}: leave them out")
 
     @property
     def title(self) -> str:
@@ -238,10 +244,10 @@ class SyntheticGradients(Rule):
         return site.scores.shape[1]
 
     def auxiliary_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        rate = self.learning_rate
+        form, rate = FORMS[self.form], self.learning_rate
         if rate is None:
-            rate = FORMS[self.form].learning_rate or (1e-3 if self.conditioned else 3e-2)
-        return torch.optim.Adam(parameters, lr=rate, fused=True)
+            rate = form.learning_rate or (1e-3 if self.conditioned else 3e-2)
+        return form.optimizer(parameters, rate)
 
     # ---- learning ------------------------------------------------------------------------------------------------------------
 

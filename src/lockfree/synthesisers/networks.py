@@ -1,6 +1,7 @@
 """The networks that predict gradients: linear, fully connected, convolutional, one for each class, or the user's own."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +22,28 @@ def gradient_network(like: Tensor, design: Design) -> GradientSynthesiser:
         design: Its size and what it sees.
     """
     if design.per_class and design.classes:
-        alone = replace(design, classes=0, per_class=False)
-        return PerClassSynthesiser([gradient_network(like, alone) for _ in range(design.classes)])
+        return _for_each_class(gradient_network, like, design)
     if like.dim() == 4:
         return ConvolutionalSynthesiser(like, design)
     return DenseSynthesiser(like, design) if design.hidden_layers else LinearSynthesiser(like, design)
+
+
+def logistic_network(like: Tensor, design: Design) -> GradientSynthesiser:
+    """Makes an affine map under a sigmoid, or one for each class.
+
+    Args:
+        like: An example of the output, shape (m, d) or (m, t, d).
+        design: Of it, the number of classes and whether each has a network of its own.
+    """
+    each = design.per_class and design.classes
+    return _for_each_class(logistic_network, like, design) if each else LogisticSynthesiser(like, design)
+
+
+def _for_each_class(
+    make: Callable[[Tensor, Design], GradientSynthesiser], like: Tensor, design: Design
+) -> "PerClassSynthesiser":
+    alone = replace(design, classes=0, per_class=False)
+    return PerClassSynthesiser([make(like, alone) for _ in range(design.classes)])
 
 
 class LinearSynthesiser(GradientSynthesiser):
@@ -90,6 +108,42 @@ class LinearSynthesiser(GradientSynthesiser):
         difference = difference.flatten(0, -2)
         self.weight.grad = difference.t() @ rows
         self.table.grad = difference.sum(0, keepdim=True) if label is None else label.t() @ difference
+
+
+class LogisticSynthesiser(GradientSynthesiser):
+    r"""An affine map under a sigmoid, and another of the label: $M(y, c) = \sigma(W y + b) + o + t_c$ with a row $t_c$ for each class.
+
+    At the output of a model with logistic loss, whose gradient is $\sigma(y) - c$, it can be exact, as an affine map cannot. The
+    offset o starts at -1/2 and the rest at 0, so that the first synthetic gradients are zero.
+
+    Args:
+        like: An example of y, shape (m, d) or (m, t, d).
+        design: Of it, the number of classes.
+
+    Raises:
+        ValueError: If y is an image.
+
+    Reference:
+        Czarnecki et al. 2017, arXiv 1703.00522, section 3.
+    """
+
+    def __init__(self, like: Tensor, design: Design) -> None:
+        super().__init__(design.classes)
+        if like.dim() > 3:
+            raise ValueError(
+                f"a synthesiser of the form sigmoid takes rows, not outputs {tuple(like.shape)}: take the form gradient"
+            )
+        units = like.shape[-1]
+        self.affine = zero(nn.Linear(units, units, dtype=like.dtype, device=like.device))
+        self.offset = nn.Parameter(like.new_full((units,), -0.5))
+        self.table = nn.Parameter(like.new_zeros(design.classes, units))
+
+    def forward(self, y: Tensor, label: Tensor | None = None) -> Tensor:
+        """Returns sigmoid(W y + b) + o + t."""
+        made = torch.sigmoid(self.affine(y)) + self.offset
+        if label is None:
+            return made
+        return made + (label @ self.table).view(-1, *[1] * (y.dim() - 2), y.shape[-1])
 
 
 class DenseSynthesiser(GradientSynthesiser):
