@@ -22,8 +22,8 @@ class Reproduce:
 
     Args:
         name: Which experiment: dni-table1, dni-sparse-updates, dni-unlocked, dni-noise, dni-copy, dni-repeat-copy, dni-char-lm,
-            alternating-lm, dni-multi-network, sobolev-critics, hsic-unformatted, hsic-format, hsic-sigma, hsic-resnet, hsic-depth,
-            dc-asgd-cifar, dc-asgd-sweep or stragglers.
+            alternating-lm, dni-multi-network, sobolev-critics, sg-table, sg-artificial, sg-deep, sg-representations,
+            hsic-unformatted, hsic-format, hsic-sigma, hsic-resnet, hsic-depth, dc-asgd-cifar, dc-asgd-sweep or stragglers.
         budget: smoke (a minute), small (tens of minutes on 2 cores) or full (the paper's own).
         out: Folder for results.json, plot.png and the trials; runs/NAME-BUDGET if left out.
         workers: Trials that run at a time, each in one thread; one for each core if left out.
@@ -56,6 +56,8 @@ class Reproduce:
         if self.json:
             print(json.dumps(summary | {"out": str(out)}))
             return
+        if recipe.derived:
+            print_table(*recipe.derived_rows())
         print_table(*recipe.rows(summary))
         if summary["findings"]:
             print_table(*finding_rows(summary["findings"]))

@@ -159,6 +159,7 @@ class Representation(Probe):
             "classes": classes[order].tolist(),
             "rdm": [[[round(value, 2) for value in row] for row in dissimilarity(z[order]).tolist()] for z in layers],
             "cka": linear_cka(layers, layers).tolist(),
+            "class_cka": linear_cka(layers, [F.one_hot(classes.clamp_min(0)).double()])[:, 0].tolist(),
             "probe_accuracy": [linear_probe(z, classes, ridge=self.ridge) for z in layers],
             "participation_ratio": [participation_ratio(z) for z in layers],
         }

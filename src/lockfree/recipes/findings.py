@@ -56,11 +56,12 @@ class Finding(ABC):
     def values(self, found: Found, series: str, x: float | int) -> dict[int, float]:
         """Returns what a method shows at a point of the panel, by seed."""
         point = Point(self.panel, x)
-        return {
+        read = {
             trial.seed: trial.reading(result, point)
             for trial, result in found
             if trial.series == series and point in trial.points
         }
+        return {seed: value for seed, value in read.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +199,70 @@ class Difference(Finding):
         differences = [own[seed] - other[seed] for seed in seeds]
         low, high = mean_interval(differences) or (None, None)
         return {"mean": statistics.fmean(differences), "low": low, "high": high, "seeds": seeds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Farthest(Finding):
+    r"""How far a method is from a reference where it is farthest: $\max_x |v_x - v_{r,x}|$, seeds paired, their mean by Student's t.
+
+    Attributes:
+        xs: Places on the horizontal axis.
+        reference: The method that it is compared with.
+        shown: What is compared, in words.
+    """
+
+    xs: Sequence[float | int]
+    reference: str
+    shown: str
+    digits: int = 4
+
+    @property
+    def what(self) -> str:
+        """What the figure is."""
+        return f"{self.shown}: farthest from {self.reference}"
+
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's largest difference."""
+        pairs = [(self.values(found, series, x), self.values(found, self.reference, x)) for x in self.xs]
+        seeds = sorted(set.intersection(*(own.keys() & other.keys() for own, other in pairs)))
+        if not seeds:
+            return None
+        farthest = [max(abs(own[seed] - other[seed]) for own, other in pairs) for seed in seeds]
+        low, high = mean_interval(farthest) or (None, None)
+        return {"mean": statistics.fmean(farthest), "low": low, "high": high, "seeds": seeds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeAbove(Finding):
+    r"""Where on the way up layers change: the part of $\sum_l (1 - \mathrm{CKA}_{l,l+1})$ that the last few pairs have.
+
+    Attributes:
+        layers: Layers; the panel has the likeness of each, from 1, with the next.
+        last: How many pairs at the top count as the last.
+    """
+
+    layers: int
+    last: int
+    digits: int = 1
+
+    @property
+    def what(self) -> str:
+        """What the figure is."""
+        even = 100 * self.last / (self.layers - 1)
+        return f"share of all change in the last {self.last} of {self.layers - 1} pairs, % ({even:.0f} if even)"
+
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's share in per cent."""
+        changes = [self.values(found, series, layer) for layer in range(1, self.layers)]
+        seeds = sorted(set.intersection(*(set(one) for one in changes)))
+        if not seeds:
+            return None
+        shares = []
+        for seed in seeds:
+            change = [1 - one[seed] for one in changes]
+            shares.append(100 * sum(change[-self.last :]) / sum(change))
+        low, high = mean_interval(shares) or (None, None)
+        return {"mean": statistics.fmean(shares), "low": low, "high": high, "seeds": seeds}
 
 
 def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

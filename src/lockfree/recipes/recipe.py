@@ -2,16 +2,19 @@
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lockfree.recipes.findings import Finding, mean_interval
 from lockfree.recipes.trial import Point, Trial
 from lockfree.run import Run, version
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Key = tuple[str, float | int, str]
 """(panel, x, series): one entry of a recipe's table."""
@@ -37,12 +40,16 @@ class Recipe:
         x_labels: What it is in panels where it is something else.
         log_x: Whether it is logarithmic.
         y_label: What the table and the plot show, with its unit.
+        y_labels: What panels show that show something else.
+        x_names: Names of the points of a panel whose horizontal axis is no number.
         from_zero: Whether the vertical axis begins with 0.
         digits: Decimals that are worth showing.
         paper: What the paper gives, where it gives something.
         source: Where those numbers come from.
         paper_note: What sets the paper's runs apart, in a few words for the plot.
         findings: What follows from several entries.
+        derived: What is known of each method without training, by method and heading.
+        pictures: Further pictures by file name, each drawn from the results of the trials by name.
     """
 
     name: str
@@ -55,12 +62,16 @@ class Recipe:
     x_labels: Mapping[str, str] = field(default_factory=dict)
     log_x: bool = False
     y_label: str = ERROR
+    y_labels: Mapping[str, str] = field(default_factory=dict)
+    x_names: Mapping[str, Mapping[float | int, str]] = field(default_factory=dict)
     from_zero: bool = True
     digits: int = 2
     paper: Mapping[Key, float] = field(default_factory=dict)
     source: str = ""
     paper_note: str = ""
     findings: Sequence[Finding] = ()
+    derived: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    pictures: Mapping[str, Callable[[Mapping[str, Mapping[str, Any]]], "Figure"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [trial.name for trial in self.trials]
@@ -86,10 +97,14 @@ class Recipe:
         """Gathers the results of the trials, by name, into what is written as JSON."""
         entries = []
         for key in self.keys():
-            done = [trial for trial in self._of(key) if trial.name in results]
-            found = [results[trial.name] for trial in done]
             panel, x, series = key
-            values = [trial.reading(results[trial.name], Point(panel, x)) for trial in done]
+            done, values = [], []
+            for trial in self._of(key):
+                value = trial.reading(results[trial.name], Point(panel, x)) if trial.name in results else None
+                if value is not None:
+                    done.append(trial)
+                    values.append(value)
+            found = [results[trial.name] for trial in done]
             entries.append(
                 {
                     "panel": panel,
@@ -113,6 +128,8 @@ class Recipe:
             "reference": self.reference,
             "paper_source": self.source,
             "shown": self.y_label,
+            "shown_in": dict(self.y_labels),
+            "derived": {series: dict(facts) for series, facts in self.derived.items()},
             "torch": torch.__version__,
             "lockfree": version(),
             "entries": entries,
@@ -144,7 +161,14 @@ class Recipe:
         return ["", self.x_label, *series], rows
 
     def _x(self, panel: str, x: float | int) -> str:
+        if panel in self.x_names:
+            return self.x_names[panel][x]
         return f"{self.x_labels[panel]} {x:g}" if panel in self.x_labels else f"{x:g}"
+
+    def derived_rows(self) -> tuple[list[str], list[list[str]]]:
+        """Returns header and rows of what is known of each method without training."""
+        headings = list(dict.fromkeys(heading for facts in self.derived.values() for heading in facts))
+        return ["", *headings], [[series, *(facts.get(one, "-") for one in headings)] for series, facts in self.derived.items()]
 
     def plot(self, summary: Mapping[str, Any], path: Path) -> None:
         """Draws what is shown against x, a panel each, a line for each method, dashed where the paper's numbers are."""
@@ -173,17 +197,22 @@ class Recipe:
                     axis.plot(*zip(*paper, strict=True), color=colour, ls="--", lw=1, alpha=0.6)
             axis.set(title=panel, xlabel=self.x_labels.get(panel, self.x_label), ylim=(0, None) if self.from_zero else None)
             ticks = sorted({e["x"] for e in summary["entries"] if e["panel"] == panel})
-            if len(ticks) <= _MOST_TICKS:
+            if panel in self.x_names:
+                axis.set_xticks(ticks, [self.x_names[panel][tick] for tick in ticks], rotation=45, ha="right", fontsize=7)
+            elif len(ticks) <= _MOST_TICKS:
                 axis.set_xticks(ticks)
             if self.log_x and panel not in self.x_labels:
                 axis.set_xscale("log")
                 axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 axis.minorticks_off()
             axis.grid(alpha=0.25)
+            if panel in self.y_labels:
+                axis.set_ylabel(self.y_labels[panel])
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         for line in axes:
-            line[0].set_ylabel(self.y_label)
+            if not line[0].get_ylabel():
+                line[0].set_ylabel(self.y_label)
         ordered = [one for one in series if one in shown]
         figure.legend(
             [shown[one] for one in ordered],
@@ -200,10 +229,12 @@ class Recipe:
         plt.close(figure)
 
     def write(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Writes ``results.json`` and ``plot.png`` into the folder and returns the summary."""
+        """Writes ``results.json``, ``plot.png`` and further pictures into the folder and returns the summary."""
         summary = self.summary(results)
         (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.plot(summary, folder / "plot.png")
+        for name, draw in self.pictures.items():
+            draw(results).savefig(folder / f"{name}.png", dpi=120)
         return summary
 
 

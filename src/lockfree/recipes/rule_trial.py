@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree import models, rules
@@ -16,6 +16,7 @@ from lockfree.data import Dataset, Split, TensorLoader
 from lockfree.experiment import load_once
 from lockfree.learner import Learner
 from lockfree.objective import Diverged
+from lockfree.probes import Probe
 from lockfree.readouts import order_on_evaluated
 from lockfree.recipes.trial import Point, Trial, as_pixels
 from lockfree.rng import undisturbed
@@ -46,11 +47,23 @@ def _widths(layers: int, units: int, last: int | None) -> tuple[int, ...]:
     return (*(units,) * (layers - 2), units if last is None else last)
 
 
+def one_vs_all(scores: Tensor, target: Tensor) -> Tensor:
+    """Logistic losses, one for each class, summed; unlike those of a softmax, the errors of a sample do not sum to zero."""
+    wanted = F.one_hot(target, scores.shape[1]).to(scores.dtype)
+    return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(1).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": F.cross_entropy, "one-vs-all": one_vs_all}
+"""Losses of class scores by name."""
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda groups, **options: torch.optim.Adam(groups, fused=True, **options),
     "sgd": torch.optim.SGD,
 }
 """Optimizers by name; sgd is without momentum, unless told."""
+
+LOOKED_AT = 500
+"""Test samples, from the first, that probes look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +78,7 @@ class RuleTrial(Trial):
         units: Width of all but the classifier.
         rule: Command-line name of the rule, or "frozen".
         fields: Its hyperparameters.
+        loss: One of `LOSSES`.
         steps: Batches to learn from; rounded up to whole epochs.
         epochs: Passes over the training images, in place of steps.
         hidden_epochs: How many of them come before the first that is shown.
@@ -85,6 +99,7 @@ class RuleTrial(Trial):
     units: int
     rule: str
     fields: dict[str, Any] = field(default_factory=dict)
+    loss: str = "cross-entropy"
     steps: int = 0
     epochs: int = 0
     hidden_epochs: int = 0
@@ -104,7 +119,7 @@ class RuleTrial(Trial):
         shown = range(1, self.epochs - self.hidden_epochs + 1) if self.x is None else [self.x]
         return [Point(self.panel, x) for x in shown]
 
-    def reading(self, result: Mapping[str, Any], point: Point) -> float:
+    def reading(self, result: Mapping[str, Any], point: Point) -> float | None:
         """Returns the test error at the end, or after an epoch."""
         return result["test_error"] if self.x is not None else result["curve"][int(point.x) - 1]
 
@@ -121,10 +136,15 @@ class RuleTrial(Trial):
         return convert(
             network,
             rules.get("backprop" if frozen else self.rule, **self.fields),
-            loss=F.cross_entropy,
+            loss=LOSSES[self.loss],
             optimizer=lambda parameters: self._optimizer(parameters, list(top.parameters())),
             example_input=dataset.train.inputs[:2],
         )
+
+    @property
+    def probes(self) -> list[Probe]:
+        """What looks at the network along training."""
+        return []
 
     def _optimizer(self, parameters: list[nn.Parameter], top: list[nn.Parameter]) -> torch.optim.Optimizer:
         above = {id(parameter) for parameter in top} if self.top else set()
@@ -154,7 +174,16 @@ class RuleTrial(Trial):
                 run.log("reading", epoch=values["epoch"], step=values["step"], test_error=self._error(learner, dataset.test))
 
         sinks = [read] if self.x is None else []
-        trainer = Trainer(learner, run=run, resume=resume, scheduler=schedulers, log_every=100, sinks=sinks)
+        trainer = Trainer(
+            learner,
+            run=run,
+            resume=resume,
+            scheduler=schedulers,
+            log_every=100,
+            sinks=sinks,
+            probes=self.probes,
+            probe_data=(dataset.test.inputs[:LOOKED_AT], dataset.test.targets[:LOOKED_AT]),
+        )
         started, diverged = time.perf_counter(), None
         try:
             seconds = trainer.fit(loader, epochs=epochs).seconds

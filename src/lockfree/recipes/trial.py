@@ -59,8 +59,11 @@ class Trial(ABC):
         """Where it has something to show."""
 
     @abstractmethod
-    def reading(self, result: Mapping[str, Any], point: Point) -> float:
-        """Returns the figure that a result holds for one of the `points`: a test error in per cent, or what the recipe shows."""
+    def reading(self, result: Mapping[str, Any], point: Point) -> float | None:
+        """Returns the figure that a result holds for one of the `points`: a test error in per cent, or what the recipe shows.
+
+        ``None``: the method has none there.
+        """
 
     def told(self, result: Mapping[str, Any]) -> str:
         """Says in a few words what came out."""
