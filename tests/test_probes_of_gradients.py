@@ -97,6 +97,50 @@ def test_all_probes_at_once_change_nothing(build, shape):
     assert seen == set(PROBES)
 
 
+@pytest.mark.parametrize("probe", ["gradient-quality", "alignment", "representation", "implied-loss"])
+def test_a_stack_of_blocks_looks_like_its_blocks(probe):
+    """Where an executor keeps the weights of many blocks as one tensor, a probe sees them as they are now."""
+    seen = []
+    for executor in ("sequential", "stacked"):
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)]
+        one = lf.convert(
+            nn.Sequential(*layers, nn.Linear(8, 4)),
+            lf.rules.SyntheticGradients(conditioned=True),
+            loss=F.cross_entropy,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
+            example_input=draw((8,), 4, 0)[0],
+            schedule="pipelined",
+            executor=executor,
+        )
+        for seed in range(12):
+            one.step(*draw((8,), 8, seed))
+        seen.append(PROBES[probe]().look(View(one, *draw((8,), 32, 99))))
+        one.step(*draw((8,), 8, 12))  # and training goes on
+    flat, other = ([value for value in _numbers(one)] for one in seen)
+    assert len(flat) >= 5
+    assert flat == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def _numbers(seen):
+    if isinstance(seen, dict):
+        seen = list(seen.values())
+    if isinstance(seen, list):
+        return [number for one in seen for number in _numbers(one)]
+    return [seen] if isinstance(seen, int | float) else []
+
+
+@pytest.mark.parametrize("rule", ["backprop", "dni", "fa", "dfa", "pred", "noise"])
+@pytest.mark.parametrize(("build", "shape"), [(resnet20, (3, 8, 8)), (Own, (6,))])
+def test_layers_need_no_names(build, shape, rule):
+    view = View(learner(build, shape, rule), *draw(shape, 16, 3))
+    count = len(view.learner.chain.blocks)
+    credit = GradientQuality().look(view)
+    assert {len(values) for values in credit.values()} == {count}
+    assert credit["cosine"][-1] == pytest.approx(1)  # the block under the loss has the truth
+    assert np.shape(Representation().look(view)["cka"]) == (count, count)
+
+
 # ---- gradient quality --------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +235,64 @@ def test_a_linear_probe_is_ridge_regression():
     scores = (rows[1::2] - rows[::2].mean(0)) @ weights + labels[::2].mean(0)
     assert linear_probe(z, classes, ridge=0.1) == (scores.argmax(1) == classes.numpy()[1::2]).mean()
     assert linear_probe(F.one_hot(torch.arange(40) // 2 % 4).float(), torch.arange(40) // 2 % 4) == 1
+
+
+def test_layers_can_be_named():
+    one = learner(Own)
+    x, y = draw((6,), 24, 1)
+    whole = Representation(layers=("second", "", "first")).look(View(one, x, y))
+    assert whole["layers"] == ["second", "", "first"]
+    model = one.model
+    first = model.first(x)
+    wanted = [model.second(torch.relu(first)), model(x), first]
+    torch.testing.assert_close(torch.tensor(whole["cka"]).double(), linear_cka(wanted, wanted), rtol=0, atol=1e-6)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Twice(nn.Module):
+    """A model that runs a layer twice, and another never."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.unused, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.total = nn.Flatten(0)
+
+    def forward(self, x):
+        self.total(x)
+        return self.last(self.layer(self.layer(x)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("layer", "'layer' runs 2 times on a batch"),
+        ("unused", "'unused' runs 0 times on a batch"),
+        ("total", "'total' puts out no tensor with a row for each of 8 samples"),
+        ("lst", "did you mean 'last'"),
+    ],
+)
+def test_a_layer_that_cannot_be_looked_at_is_named(layer, message):
+    torch.manual_seed(0)
+    one = lf.convert(
+        Twice(), "backprop", loss=F.cross_entropy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), blocks=1,
+        example_input=draw((6,), 4, 0)[0],
+    )  # fmt: skip
+    probe = Representation(layers=(layer,))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        probe.look(View(one, *draw((6,), 8, 0)))
+    assert not any(module._forward_hooks for module in one.model.modules())
+    if layer == "lst":
+        with pytest.raises(ValueError, match=re.escape(message)):
+            lf.Trainer(one, probes=[probe], probe_data=draw((6,), 8, 0))
+
+
+def test_likeness_to_the_classes_is_cka_with_one_hot_rows():
+    x, y = draw((6,), 24, 1)
+    one = learner()
+    seen = Representation().look(View(one, x, y))
+    rows = F.one_hot(y).double()
+    wanted = [float(cka(z.double(), rows, kernel_x=Linear(), kernel_y=Linear())) for z in View(one, x, y).representations]
+    assert seen["class_cka"] == pytest.approx(wanted)
 
 
 def test_a_dissimilarity_matrix_is_ordered_by_class():
@@ -300,3 +402,12 @@ def test_checkpoints_are_looked_at_after_the_fact_as_along_training(tmp_path, ca
     assert main(["train", "--data", "digits", "--probe", "implied-loss", "--out", str(tmp_path / "c")]) == 2
     assert "has no synthesiser" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+
+
+def test_a_comparison_refuses_a_probe_before_anything_is_trained(tmp_path, capsys):
+    command = ["compare", "--rules", "cdni,backprop", "--data", "digits", "--epochs", "1", "--probe", "implied-loss"]
+    assert main([*command, "--out", str(tmp_path / "a")]) == 2
+    told = capsys.readouterr().err
+    assert "Backprop has no synthesiser" in told
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "a").exists()

@@ -28,7 +28,7 @@ from lockfree.trace import Line, Replayed, replay
 from lockfree.trainer import Sink, Trainer, evaluate
 
 _PROBED = 512
-"""Test images that probes look at."""
+"""Most test images that probes look at."""
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
@@ -173,6 +173,19 @@ class Experiment(RuleSettings):
         """Makes the probes that are named."""
         return [choose(PROBES, name.strip(), "probe")() for name in self.probe.split(",") if name.strip()]
 
+    def check_probes(self) -> None:
+        """Refuses probes that have nothing to see in what the rule trains.
+
+        Raises:
+            ValueError: With what to do instead.
+        """
+        if self.probe and not self.by_workers:
+            self._check_probes(self.make_learner(load_once(self.data, self.device)))
+
+    def _check_probes(self, learner: Learner) -> None:
+        for probe in self.make_probes():
+            probe.check(learner)
+
     def make_link(self) -> Link:
         """Makes what joins two blocks."""
         correction = correction_from(self.correction)
@@ -216,8 +229,7 @@ class Experiment(RuleSettings):
             return many_workers.run(self, folder, resume=resume, sinks=sinks)
         dataset = load_once(self.data, self.device)
         learner = self.make_learner(dataset)
-        for probe in self.make_probes():
-            probe.check(learner)
+        self._check_probes(learner)
         loader = TensorLoader(*dataset.train, batch_size=self.batch_size, seed=self.seed)
         test = TensorLoader(*dataset.test, batch_size=1000, shuffle=False)
         run = None
@@ -317,7 +329,9 @@ class Decay(torch.optim.lr_scheduler.LambdaLR):
 
 def probed(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the test images that probes look at, and their classes."""
-    return dataset.test.inputs[:_PROBED], dataset.test.targets[:_PROBED]
+    # A look at a small set must not take longer than learning from it.
+    count = min(_PROBED, max(_PROBED // 4, len(dataset.train.targets) // 100))
+    return dataset.test.inputs[:count], dataset.test.targets[:count]
 
 
 def load_once(name: str, device: str) -> Dataset:

@@ -7,6 +7,7 @@ from lockfree.bench.depth import depth
 from lockfree.bench.hsic import hsic
 from lockfree.bench.memory import memory
 from lockfree.bench.pipeline import pipeline
+from lockfree.bench.probes import probes
 from lockfree.bench.recurrent import recurrent
 from lockfree.bench.server import server
 from lockfree.bench.step import step
@@ -21,5 +22,6 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "pipeline": pipeline,
     "server": server,
     "recurrent": recurrent,
+    "probes": probes,
 }
 """Every benchmark by its command-line name."""

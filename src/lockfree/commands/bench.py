@@ -16,7 +16,8 @@ class Bench:
     """Measure speed or memory, as ratios of things measured in turn on this machine.
 
     Args:
-        name: Which benchmark: step, synthetic, hsic, memory, depth, pipeline, server or recurrent.
+        name: Which benchmark: step, synthetic, hsic, memory, depth, pipeline, server, recurrent or
+            probes.
         json: Print one JSON object.
     """
 

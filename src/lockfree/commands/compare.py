@@ -40,6 +40,8 @@ class Compare(Settings):
         if not self.resume:
             Run.refuse_taken(self.out)
         load_once(self.data, self.device)  # refuses what is misspelt or missing before anything is written
+        for experiment in experiments:
+            experiment.check_probes()  # so that none is refused when others have been trained
         whole = self._open({"rules": names, **settings})
         entries = []
         for experiment in experiments:

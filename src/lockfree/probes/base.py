@@ -46,10 +46,41 @@ class View:
                 found.append(_rows(values))
         return found
 
+    def outputs_of(self, layers: Sequence[str]) -> list[Float[Tensor, "m d"]]:
+        """What submodules put out, in the order of their names, a row for each sample.
 
-def _rows(values: Values) -> Tensor:
+        Args:
+            layers: Names as in ``model.named_modules()``.
+
+        Raises:
+            ValueError: If one of them is not run, is run more than once, or puts out no tensor with a row for each sample.
+        """
+        model, found = self.learner.model, {name: [] for name in layers}
+        samples = batch_size(self.inputs)
+        hooks = [
+            model.get_submodule(name).register_forward_hook(lambda module, inputs, outputs, taken=taken: taken.append(outputs))
+            for name, taken in found.items()
+        ]
+        try:
+            with undisturbed(model), torch.no_grad():
+                model.eval()
+                model(self.inputs)
+                for name, taken in found.items():
+                    if len(taken) != 1:
+                        raise ValueError(f"layer {name!r} runs {len(taken)} times on a batch: name layers that run once")
+                    if not any(tensor.dim() and len(tensor) == samples for tensor in tensors(taken[0])):
+                        raise ValueError(
+                            f"layer {name!r} puts out no tensor with a row for each of {samples} samples: name another"
+                        )
+                return [_rows(taken[0], samples) for taken in found.values()]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _rows(values: Values, samples: int | None = None) -> Tensor:
     """Flattens all numbers of a tree into one row a sample."""
-    samples = batch_size(values)
+    samples = batch_size(values) if samples is None else samples
     rows = [tensor.reshape(samples, -1) for tensor in tensors(values) if tensor.dim() and len(tensor) == samples]
     return torch.cat([one if one.dtype == torch.float64 else one.float() for one in rows], dim=1)
 

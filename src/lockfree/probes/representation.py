@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lockfree.choose import choose
+from lockfree.learner import Learner
 from lockfree.probes.base import Probe, View, blue
 
 if TYPE_CHECKING:
@@ -125,11 +127,18 @@ class Representation(Probe):
     """Dissimilarity matrices, linear CKA between all layers, a linear probe and the participation ratio of each layer.
 
     Attributes:
+        layers: Names of submodules, as in ``model.named_modules()``, that are looked at in this order; ``None``: what each block
+            hands up.
         pictured: Samples in a dissimilarity matrix, 2 or more, ordered by class; as many of each as there are.
         ridge: Of the linear probes, above 0; see `linear_probe`.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range; when attached, if the model has no layer of a name.
+
+    Example:
+        >>> import lockfree as lf
+        >>> lf.probes.Representation(layers=("layer1", "layer2.0.conv1")).layers
+        ('layer1', 'layer2.0.conv1')
 
     Reference:
         Czarnecki et al. 2017, arXiv 1703.00522, section 5.
@@ -141,21 +150,32 @@ class Representation(Probe):
         "layers are (linear CKA); along training: what a linear classifier reads out of each layer on samples that it was not fitted "
         "to, and how many directions carry the layer's variance. In evaluation mode, on held-out samples."
     )
+    layers: tuple[str, ...] | None = None
     pictured: int = 100
     ridge: float = 1e-2
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.layers == ():
+            raise ValueError("layers=() names none: name some, or leave layers out for all blocks")
         if self.pictured < 2 or not self.ridge > 0:
             raise ValueError(f"pictured={self.pictured}, ridge={self.ridge}: give 2 or more samples and a ridge above 0")
 
+    def check(self, learner: Learner) -> None:
+        there = dict(learner.model.named_modules())
+        for name in self.layers or ():
+            choose(there, name, "layer of this model")
+
     def look(self, view: View) -> dict[str, Any]:
-        layers, classes = view.representations, view.targets
+        self.check(view.learner)
+        layers = view.representations if self.layers is None else view.outputs_of(self.layers)
+        classes = view.targets
         if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dim() != 1:
             raise ValueError("layers are compared by class: this probe wants class numbers of shape (batch,)")
         order = torch.argsort(classes, stable=True)
         order = order[torch.linspace(0, len(order) - 1, min(self.pictured, len(order)), device=order.device).round().long()]
         return {
+            "layers": [f"block {index}" for index in range(len(layers))] if self.layers is None else list(self.layers),
             "classes": classes[order].tolist(),
             "rdm": [[[round(value, 2) for value in row] for row in dissimilarity(z[order]).tolist()] for z in layers],
             "cka": linear_cka(layers, layers).tolist(),
@@ -178,7 +198,7 @@ class Representation(Probe):
             for axis, layer in zip(upper.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
                 axis.imshow(last["rdm"][layer], vmin=0, vmax=2, cmap="viridis", interpolation="nearest")
                 axis.set(xticks=(), yticks=())
-                axis.set_title(f"block {layer}", fontsize=8)
+                axis.set_title(last["layers"][layer], fontsize=8)
             alike, read, wide = lower.subplots(1, 3)
             figure.colorbar(alike.imshow(last["cka"], vmin=0, vmax=1, cmap="magma", interpolation="nearest"), ax=alike)
             alike.set_title(f"linear CKA after step {last['step']}", fontsize=9)

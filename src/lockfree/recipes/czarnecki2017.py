@@ -117,7 +117,7 @@ _LINEAR_METHODS: dict[str, _Method] = {
     _SG: ("cdni", {"form": "line-search"}),
     _SG_SIGMOID: ("cdni", {"form": "sigmoid", "learning_rate": 0.01}),
 }
-_DEPTHS = {"linear": (0, 0.1), "deep linear": (10, 0.02)}
+_DEPTHS = {"linear": (0, 0.1), "deep linear": (10, 0.01)}
 """Hidden layers and learning rate."""
 
 _LINEAR_SIZES: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lockfree import rules
 from lockfree.choose import choose
 from lockfree.convert import convert
+from lockfree.objective import Diverged
 from lockfree.recipes.trial import Point, Trial
 from lockfree.run import Run
 
@@ -104,13 +105,13 @@ class LinearTrial(Trial):
         assert self.x is not None
         return [Point(self.panel, self.x)]
 
-    def reading(self, result: Mapping[str, Any], point: Point) -> float:
-        """Returns the loss in the end."""
+    def reading(self, result: Mapping[str, Any], point: Point) -> float | None:
+        """Returns the loss in the end, if there is one."""
         return result["loss"]
 
     def told(self, result: Mapping[str, Any]) -> str:
         """Says the loss in the end."""
-        return f"loss {result['loss']:.5f}"
+        return "diverged" if result["loss"] is None else f"loss {result['loss']:.5f}"
 
     def load(self) -> None:
         """Needs nothing."""
@@ -130,7 +131,7 @@ class LinearTrial(Trial):
         return nn.Sequential(nn.Sequential(*layers, nn.Linear(self.features, 1)), nn.Identity())
 
     def train(self, run: Run, device: str, *, resume: bool) -> dict[str, Any]:
-        """Trains from the start, in seconds; returns the loss, and the norm of the true gradient there."""
+        """Trains from the start, in seconds; returns the loss, or ``None`` if it broke, and the norm of the true gradient there."""
         torch.set_num_threads(1)
         x, label = (one.to(device) for one in self.task_data())
         network, loss = self.network().to(device), LOSSES[self.loss]
@@ -146,8 +147,11 @@ class LinearTrial(Trial):
                 blocks=["1"],
                 example_input=x[:2],
             )
-            for _ in range(self.steps):
-                learner.step(x, label)
+            try:
+                for _ in range(self.steps):
+                    learner.step(x, label)
+            except Diverged as error:  # a result like others: this method does not train this model at this rate
+                return {"loss": None, "seconds": time.perf_counter() - started, "diverged": str(error)}
         seconds = time.perf_counter() - started
         final = loss(network(x), label)
         gradient = torch.autograd.grad(final, list(network.parameters()))
@@ -156,6 +160,7 @@ class LinearTrial(Trial):
         return {
             "loss": final.item(),
             "gradient_norm": norm.item(),
+            "diverged": None,
             "train_error": 100 * wrong.double().mean().item(),
             "seconds": seconds,
         }
