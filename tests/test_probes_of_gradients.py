@@ -117,7 +117,7 @@ def test_a_stack_of_blocks_looks_like_its_blocks(probe):
             one.step(*draw((8,), 8, seed))
         seen.append(PROBES[probe]().look(View(one, *draw((8,), 32, 99))))
         one.step(*draw((8,), 8, 12))  # and training goes on
-    flat, other = ([value for value in _numbers(one)] for one in seen)
+    flat, other = (_numbers(one) for one in seen)
     assert len(flat) >= 5
     assert flat == pytest.approx(other, rel=1e-3, abs=1e-4)
 
