@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import lockfree as lf
 from lockfree.cli import main
+from lockfree.experiment import Experiment, load_once, probed
 from lockfree.hsic import Linear, cka
 from lockfree.probes import (
     PROBES,
@@ -411,3 +412,28 @@ def test_a_comparison_refuses_a_probe_before_anything_is_trained(tmp_path, capsy
     assert "Backprop has no synthesiser" in told
     assert len(told.splitlines()) == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_the_layers_of_two_runs_are_compared(tmp_path, capsys):
+    for name, rule in (("a", "cdni"), ("b", "backprop")):
+        main(["train", "--rule", rule, "--data", "digits", "--epochs", "1", "--json", "--out", str(tmp_path / name)])
+    capsys.readouterr()
+    assert main(["probe", str(tmp_path / "a"), "--against", str(tmp_path / "b"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    views = []
+    for name in "ab":
+        run = lf.Run.open(tmp_path / name)
+        experiment = Experiment.from_config(run.config)
+        dataset = load_once("digits", "cpu")
+        one = experiment.make_learner(dataset)
+        one.load_state_dict(run.checkpoint_at(run.steps[-1])["learner"])
+        views.append(View(one, *probed(dataset)).representations)
+    found = torch.tensor(told["cka"]).double()
+    torch.testing.assert_close(found, linear_cka(*views).double(), rtol=0, atol=1e-6)
+    assert (tmp_path / "a" / "probes" / "cka-with-b.png").exists()
+    with np.load(tmp_path / "a" / "probes" / "cka-with-b.npz") as tables:
+        assert tables["cka"].shape == found.shape
+    assert main(["probe", str(tmp_path / "a"), "--against", str(tmp_path / "b")]) == 0
+    assert "block 3" in capsys.readouterr().out
+    assert main(["probe", str(tmp_path / "a")]) == 2
+    assert "name a probe" in capsys.readouterr().err

@@ -62,6 +62,24 @@ def _centred(z: Tensor) -> Tensor:
     return rows - rows.mean(0)
 
 
+def draw_likeness(cka: Float[Tensor, "n k"], one: str, other: str) -> "Figure":
+    """Draws how alike the layers of two networks are.
+
+    Args:
+        cka: What `linear_cka` returned.
+        one: The network whose layers are rows.
+        other: The one whose layers are columns.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(cka.cpu().numpy(), vmin=0, vmax=1, cmap="magma", interpolation="nearest", origin="lower")
+    figure.colorbar(image, ax=axis, label="linear CKA")
+    axis.set(xlabel=f"block of {other}", ylabel=f"block of {one}")
+    return figure
+
+
 def dissimilarity(z: Float[Tensor, "m ..."]) -> Float[Tensor, "m m"]:
     """Returns the representational dissimilarity matrix: 1 minus the correlation of each two samples' features, 0 to 2.
 
