@@ -83,11 +83,11 @@ class Look:
             names = [f"block {index}" for index in range(len(told["cka"][0]))]
             rows = [[f"block {index}", *(f"{value:.2f}" for value in row)] for index, row in enumerate(told["cka"])]
             print_table([f"{self.folder} with {self.against}", *names], rows)
-        if not made:
-            return
+            print(f"picture: {_likeness_path(opened, other)}.png")
         for one in made:
             print(f"{one['probe']}: step {one['step']}, {one['seconds']:.2f} s")
-        print(f"report: {self.folder / 'report.html'}" if run.result is not None else "no report: the run has not finished")
+        if probes:
+            print(f"report: {self.folder / 'report.html'}" if run.result is not None else "no report: the run has not finished")
 
 
 class _Opened(NamedTuple):
@@ -120,12 +120,16 @@ def _compared(one: _Opened, other: _Opened) -> list[list[float]]:
         learner.load_state_dict(opened.run.checkpoint_at(opened.run.steps[-1])["learner"])
         layers.append(View(learner, *probed(dataset)).representations)
     found = linear_cka(*layers)
-    folder = one.folder / "probes"
-    folder.mkdir(exist_ok=True)
-    name = f"cka-with-{other.folder.resolve().name}"
-    np.savez_compressed(folder / f"{name}.npz", cka=found.cpu().numpy())
-    draw_likeness(found, str(one.folder), str(other.folder)).savefig(folder / f"{name}.png", dpi=120)
+    path = _likeness_path(one, other)
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(f"{path}.npz", cka=found.cpu().numpy())
+    draw_likeness(found, str(one.folder), str(other.folder)).savefig(f"{path}.png", dpi=120)
     return found.tolist()
+
+
+def _likeness_path(one: _Opened, other: _Opened) -> Path:
+    """Returns where it is kept how alike the layers of two runs are, without the ending."""
+    return one.folder / "probes" / f"cka-with-{other.folder.resolve().name}"
 
 
 def _save_tables(path: Path, seen: Mapping[str, Any]) -> None:
