@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lockfree.recipes.findings import Finding, mean_interval
+from lockfree.recipes.picture import draw
 from lockfree.recipes.trial import Point, Trial
 from lockfree.run import Run, version
 
@@ -21,8 +22,6 @@ Key = tuple[str, float | int, str]
 
 ERROR = "test error, %"
 """What most recipes show."""
-
-_MOST_TICKS = 12  # more would be written over each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,69 +171,15 @@ class Recipe:
 
     def plot(self, summary: Mapping[str, Any], path: Path) -> None:
         """Draws what is shown against x, a panel each, a line for each method, dashed where the paper's numbers are."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-
-        panels = list(dict.fromkeys(entry["panel"] for entry in summary["entries"]))
-        series = list(dict.fromkeys(entry["series"] for entry in summary["entries"]))
-        columns = 2 if len(panels) == 4 else min(len(panels), 3)
-        lines = -(-len(panels) // columns)
-        figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.6 * lines), squeeze=False, layout="constrained")
-        shown: dict[str, Any] = {}
-        for panel, axis in zip(panels, axes.flat, strict=False):
-            for index, one in enumerate(series):
-                points = [e for e in summary["entries"] if e["panel"] == panel and e["series"] == one and e["mean"] is not None]
-                if not points:
-                    continue
-                colour = f"C{index}"
-                x, mean = [e["x"] for e in points], [e["mean"] for e in points]
-                deviations = [e["sd"] or 0 for e in points]
-                shown[one] = axis.errorbar(x, mean, deviations, color=colour, marker="o", ms=4, capsize=2)
-                paper = [(e["x"], e["paper"]) for e in points if e["paper"] is not None]
-                if paper:
-                    axis.plot(*zip(*paper, strict=True), color=colour, ls="--", lw=1, alpha=0.6)
-            axis.set(title=panel, xlabel=self.x_labels.get(panel, self.x_label), ylim=(0, None) if self.from_zero else None)
-            ticks = sorted({e["x"] for e in summary["entries"] if e["panel"] == panel})
-            if panel in self.x_names:
-                axis.set_xticks(ticks, [self.x_names[panel][tick] for tick in ticks], rotation=45, ha="right", fontsize=7)
-            elif len(ticks) <= _MOST_TICKS:
-                axis.set_xticks(ticks)
-            if self.log_x and panel not in self.x_labels:
-                axis.set_xscale("log")
-                axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-                axis.minorticks_off()
-            axis.grid(alpha=0.25)
-            if panel in self.y_labels:
-                axis.set_ylabel(self.y_labels[panel])
-        for axis in axes.flat[len(panels) :]:
-            axis.remove()
-        for line in axes:
-            if not line[0].get_ylabel():
-                line[0].set_ylabel(self.y_label)
-        ordered = [one for one in series if one in shown]
-        figure.legend(
-            [shown[one] for one in ordered],
-            ordered,
-            frameon=False,
-            fontsize=8,
-            ncols=min(len(ordered), 5),
-            loc="outside lower center",
-        )
-        note = f", {self.paper_note}" if self.paper_note else ""
-        dashed = f"; dashed: the paper{note}" if self.paper else ""
-        figure.suptitle(f"{self.title} ({self.budget}{dashed})", fontsize=10)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        draw(self, summary).savefig(path, dpi=120)
 
     def write(self, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Writes ``results.json``, ``plot.png`` and further pictures into the folder and returns the summary."""
         summary = self.summary(results)
         (folder / "results.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.plot(summary, folder / "plot.png")
-        for name, draw in self.pictures.items():
-            draw(results).savefig(folder / f"{name}.png", dpi=120)
+        for name, further in self.pictures.items():
+            further(results).savefig(folder / f"{name}.png", dpi=120)
         return summary
 
 
