@@ -40,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             case.add_marker("slow")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuses to start where tests of one group would be dealt to several processes, each with a cluster of its own."""
+    if getattr(session.config.option, "loadgroup", False):
+        ungrouped = [item for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
+        assert not ungrouped, "this pytest and this pytest-xdist do not agree on groups of tests: see pyproject.toml"
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Lets arguments of the wrong type through to the library's own checks, as they come outside of the tests."""

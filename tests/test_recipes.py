@@ -16,7 +16,7 @@ import torch
 import lockfree as lf
 from lockfree.cli import main
 from lockfree.experiment import load_once
-from lockfree.recipes import RECIPES, Recipe, RuleTrial, run
+from lockfree.recipes import RECIPES, Recipe, RuleTrial, picture, run
 
 BUDGETS = ("smoke", "small", "full")
 TINY = RuleTrial(
@@ -208,3 +208,27 @@ def test_ctrl_c_that_meets_a_worker_between_two_trials_stops_the_next(tmp_path, 
     finally:
         signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "second").exists()
+
+
+def entry_of(panel, x, series, mean, paper=None):
+    return {"panel": panel, "x": x, "series": series, "mean": mean, "sd": 0.1, "paper": paper}
+
+
+def test_a_picture_has_lines_over_numbers_points_at_names_and_a_number_where_there_is_one_place():
+    trials = [replace(TINY, panel=panel, x=x, series=one) for panel in ("many", "named", "one") for x in (1, 2) for one in "ab"]
+    recipe = recipe_of(*trials, x_names={"named": {1: "first", 2: "second"}}, y_labels={"named": "share"})
+    entries = [entry_of(panel, x, one, x + 0.5, 1.0) for panel in ("many", "named") for x in (1, 2) for one in "ab"]
+    entries += [entry_of("one", 3, one, 7.25) for one in "ab"]
+    figure = picture.draw(recipe, {"entries": entries})
+    many, named, one = figure.axes
+    assert [len(line.get_xdata()) for line in many.lines if line.get_linestyle() == "--"] == [2, 2]  # the paper's
+    assert [label.get_text() for label in named.get_xticklabels()] == ["first", "second"]
+    assert named.get_ylabel() == "share"
+    assert sorted({float(x) for line in named.lines for x in line.get_xdata()})[:2] == pytest.approx([0.85, 1.15])
+    assert [text.get_text() for text in one.texts] == ["7.25", "7.25"]
+    assert one.get_xlabel() == "x: 3"
+
+
+def test_what_is_derived_is_told_and_layers_without_a_figure_are_left_out():
+    recipe = recipe_of(TINY, derived={"cdni": {"needs": "y"}, "dni": {"locks": "none"}})
+    assert recipe.derived_rows() == (["", "needs", "locks"], [["cdni", "y", "-"], ["dni", "-", "none"]])
