@@ -4,7 +4,7 @@ The networks are those of the recipe's small budget with 20 hidden layers; all m
 none of the recipe's own; nothing of the test set decides. What it finds stands in `lockfree/recipes/czarnecki2017.py`, and a test
 compares.
 
-    python benchmarks/deep_rates.py [--workers 2] [--out benchmarks/results/deep_rates.json]     (CPU-minutes: 10)
+    python benchmarks/deep_rates.py [--workers 2] [--out benchmarks/results/deep_rates.json]     (CPU-minutes: 16)
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import lockfree as lf
 from lockfree.recipes import RECIPES, RuleTrial, run
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SEED = 100
 HIDDEN = 20
 HELD_OUT = 10_000

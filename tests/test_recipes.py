@@ -37,6 +37,7 @@ def learned(recipe, folder, workers=1):
     return {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in results.items()}
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_trial_of_every_recipe_can_be_made(name, budget):

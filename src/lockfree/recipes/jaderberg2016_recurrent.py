@@ -111,6 +111,7 @@ def _curriculum(
     curves = f"{panel}, T = {_CURVES}"
     trials = _trials(panel, task, measure, size, curves={_CURVES: curves})
     shown = "longest sequence solved"
+    here = {(trial.panel, trial.x, trial.series) for trial in trials}
     one = size.training
     findings = [
         Ratio(
@@ -135,7 +136,7 @@ def _curriculum(
         x_labels={curves: "epoch"},
         y_label=shown,
         digits=1,
-        paper=_by_key(panel, paper, _PAPER_HORIZONS),
+        paper={key: figure for key, figure in _by_key(panel, paper, _PAPER_HORIZONS).items() if key in here},
         source=f"{SOURCE}; an LSTM of 256, batches of 256, Adam 7e-5; how long it was trained is not known",
         paper_note="trained for far longer",
         findings=findings,
