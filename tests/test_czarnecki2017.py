@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ from lockfree.convert import convert
 from lockfree.experiment import load_once
 from lockfree.probes import GradientQuality, ImpliedLoss, Representation, View
 from lockfree.recipes import RECIPES, LayerTrial, LinearTrial, Recipe
-from lockfree.recipes.findings import ChangeAbove, Farthest
+from lockfree.recipes.czarnecki2017 import DEEP_METHODS, DEEP_RATES
+from lockfree.recipes.findings import ChangeAbove, Farthest, Rise
 from lockfree.recipes.layer_trial import MEASURES
 from lockfree.recipes.linear_trial import SAMPLES, TASKS
 from lockfree.recipes.rule_trial import LOOKED_AT, one_vs_all
 from lockfree.recipes.trial import Point
 from lockfree.run import Run
 
+RATES = Path(__file__).parent.parent / "benchmarks" / "results" / "deep_rates.json"
 TINY = LayerTrial(
     panel="digits",
     series="cdni",
@@ -228,6 +231,26 @@ def test_the_share_of_change_at_the_top():
     assert figures["sg"]["mean"] == pytest.approx(100 * (0.75 + 0.5) / 2)
     assert figures["sg"]["low"] < 50 < figures["sg"]["high"]
     assert figures["none"] is None
+
+
+def test_the_rise_between_two_layers():
+    found = [fake("sg", 0, [0.1, 0.9, 0.7]), fake("sg", 1, [0.3, 0.5, 0.7])]
+    finding = Rise(panel="alike", series=["sg"], x=1, to=3, shown="CKA")
+    assert finding.what == "CKA, rise from 1 to 3"
+    figure = finding.find(found)["figures"]["sg"]
+    assert figure["mean"] == pytest.approx(0.5)
+    assert figure["low"] == pytest.approx(0.5 - 12.7062 * 0.1, abs=1e-3)  # t of one degree of freedom
+
+
+@pytest.mark.skipif(not RATES.exists(), reason="rates have not been measured: python benchmarks/deep_rates.py")
+def test_rates_of_deep_networks_are_those_that_held_out_images_chose():
+    errors = json.loads(RATES.read_text())["errors"]
+    for activation, chosen in DEEP_RATES.items():
+        assert set(chosen) == set(DEEP_METHODS)
+        for method, rate in chosen.items():
+            tried = {name.split("|")[2]: error for name, error in errors.items() if name.split("|")[:2] == [activation, method]}
+            assert len(tried) == 6
+            assert float(min(tried, key=tried.__getitem__)) == rate
 
 
 def test_the_largest_difference():

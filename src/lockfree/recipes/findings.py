@@ -193,12 +193,33 @@ class Difference(Finding):
     def figure(self, found: Found, series: str) -> dict[str, Any] | None:
         """Returns a method's difference."""
         own, other = self.values(found, series, self.x), self.values(found, self.reference, self.reference_x)
-        seeds = sorted(own.keys() & other.keys())
-        if not seeds:
-            return None
-        differences = [own[seed] - other[seed] for seed in seeds]
-        low, high = mean_interval(differences) or (None, None)
-        return {"mean": statistics.fmean(differences), "low": low, "high": high, "seeds": seeds}
+        return _paired_difference(own, other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rise(Finding):
+    r"""How much more a method shows at one place than at another: $\bar v_b - \bar v_a$, by Student's t.
+
+    Attributes:
+        x: The first place, a.
+        to: The second, b.
+        shown: What is compared, in words.
+    """
+
+    x: float | int
+    to: float | int
+    shown: str
+    digits: int = 2
+
+    @property
+    def what(self) -> str:
+        """What the figure is."""
+        return f"{self.shown}, rise from {self.x:g} to {self.to:g}"
+
+    def figure(self, found: Found, series: str) -> dict[str, Any] | None:
+        """Returns a method's rise."""
+        low, high = self.values(found, series, self.x), self.values(found, series, self.to)
+        return _paired_difference(high, low)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +284,16 @@ class ChangeAbove(Finding):
             shares.append(100 * sum(change[-self.last :]) / sum(change))
         low, high = mean_interval(shares) or (None, None)
         return {"mean": statistics.fmean(shares), "low": low, "high": high, "seeds": seeds}
+
+
+def _paired_difference(values: Mapping[int, float], less: Mapping[int, float]) -> dict[str, Any] | None:
+    """Returns the mean difference of values by seed, with its interval."""
+    seeds = sorted(values.keys() & less.keys())
+    if not seeds:
+        return None
+    differences = [values[seed] - less[seed] for seed in seeds]
+    low, high = mean_interval(differences) or (None, None)
+    return {"mean": statistics.fmean(differences), "low": low, "high": high, "seeds": seeds}
 
 
 def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
