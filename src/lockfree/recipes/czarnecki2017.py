@@ -266,6 +266,11 @@ _LAYER_SIZES = {
 _NEIGHBOURS, _CLASSES, _IMPLIED = "CKA with the layer above", "CKA with the classes", "Implied against true loss"
 
 
+_TOO_FAST_RATE = 1e-3
+_TOO_FAST = f"SG everywhere, rate {_TOO_FAST_RATE:g}"
+"""At ten times the rate the blocks move faster than estimates of estimates can follow."""
+
+
 def sg_representations(budget: str) -> Recipe:
     """What synthetic gradients do to the layers of a deep network: where on the way up they change, and what the estimates believe.
 
@@ -279,6 +284,7 @@ def sg_representations(budget: str) -> Recipe:
         "backprop": ("backprop", {}),
         one: ("cdni", {"borders": (middle,)}),
         "SG everywhere": ("cdni", {}),
+        _TOO_FAST: ("cdni", {}),
     }
     trials = [
         LayerTrial(
@@ -292,7 +298,7 @@ def sg_representations(budget: str) -> Recipe:
             rule=rule,
             fields=dict(fields),
             measures={_NEIGHBOURS: "neighbours", _CLASSES: "classes"} | ({} if rule == "backprop" else {_IMPLIED: "implied"}),
-            **size.training,
+            **(size.training | ({"learning_rate": _TOO_FAST_RATE} if method == _TOO_FAST else {})),
         )
         for method, (rule, fields) in methods.items()
         for seed in seeds(size.seeds)
@@ -305,7 +311,7 @@ def sg_representations(budget: str) -> Recipe:
         reference=f"{REFERENCE}, section 5",
         budget=budget,
         scope=f"{size.hidden} hidden layers of {size.units} with batch normalisation and ReLU, linear synthesisers that see the label, "
-        f"Adam {trials[0].learning_rate:g}, {trials[0].epochs} epoch(s), {size.seeds} seed(s); layers of 500 test images",
+        f"Adam {trials[0].learning_rate:g} where nothing else is said, {trials[0].epochs} epoch(s), {size.seeds} seed(s); layers of 500 test images",
         trials=trials,
         x_label="hidden layers",
         x_labels=dict.fromkeys((_NEIGHBOURS, _CLASSES, _IMPLIED), "layer"),
