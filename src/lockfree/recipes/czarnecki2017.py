@@ -286,6 +286,7 @@ def sg_representations(budget: str) -> Recipe:
         "SG everywhere": ("cdni", {}),
         _TOO_FAST: ("cdni", {}),
     }
+    faster: dict[str, dict[str, Any]] = {_TOO_FAST: {"learning_rate": _TOO_FAST_RATE}}
     trials = [
         LayerTrial(
             panel="MNIST FCN",
@@ -298,7 +299,7 @@ def sg_representations(budget: str) -> Recipe:
             rule=rule,
             fields=dict(fields),
             measures={_NEIGHBOURS: "neighbours", _CLASSES: "classes"} | ({} if rule == "backprop" else {_IMPLIED: "implied"}),
-            **(size.training | ({"learning_rate": _TOO_FAST_RATE} if method == _TOO_FAST else {})),
+            **{**size.training, **faster.get(method, {})},
         )
         for method, (rule, fields) in methods.items()
         for seed in seeds(size.seeds)
@@ -311,7 +312,8 @@ def sg_representations(budget: str) -> Recipe:
         reference=f"{REFERENCE}, section 5",
         budget=budget,
         scope=f"{size.hidden} hidden layers of {size.units} with batch normalisation and ReLU, linear synthesisers that see the label, "
-        f"Adam {trials[0].learning_rate:g} where nothing else is said, {trials[0].epochs} epoch(s), {size.seeds} seed(s); layers of 500 test images",
+        f"Adam {trials[0].learning_rate:g} where nothing else is said, {trials[0].epochs} epoch(s), {size.seeds} seed(s); layers of 500 "
+        "test images",
         trials=trials,
         x_label="hidden layers",
         x_labels=dict.fromkeys((_NEIGHBOURS, _CLASSES, _IMPLIED), "layer"),
