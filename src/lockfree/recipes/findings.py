@@ -246,11 +246,7 @@ class Farthest(Finding):
         """Returns a method's largest difference."""
         pairs = [(self.values(found, series, x), self.values(found, self.reference, x)) for x in self.xs]
         seeds = sorted(set.intersection(*(own.keys() & other.keys() for own, other in pairs)))
-        if not seeds:
-            return None
-        farthest = [max(abs(own[seed] - other[seed]) for own, other in pairs) for seed in seeds]
-        low, high = mean_interval(farthest) or (None, None)
-        return {"mean": statistics.fmean(farthest), "low": low, "high": high, "seeds": seeds}
+        return _mean({seed: max(abs(own[seed] - other[seed]) for own, other in pairs) for seed in seeds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,25 +271,25 @@ class ChangeAbove(Finding):
     def figure(self, found: Found, series: str) -> dict[str, Any] | None:
         """Returns a method's share in per cent."""
         changes = [self.values(found, series, layer) for layer in range(1, self.layers)]
-        seeds = sorted(set.intersection(*(set(one) for one in changes)))
-        if not seeds:
-            return None
-        shares = []
-        for seed in seeds:
+        shares = {}
+        for seed in sorted(set.intersection(*(set(one) for one in changes))):
             change = [1 - one[seed] for one in changes]
-            shares.append(100 * sum(change[-self.last :]) / sum(change))
-        low, high = mean_interval(shares) or (None, None)
-        return {"mean": statistics.fmean(shares), "low": low, "high": high, "seeds": seeds}
+            shares[seed] = 100 * sum(change[-self.last :]) / sum(change)
+        return _mean(shares)
 
 
 def _paired_difference(values: Mapping[int, float], less: Mapping[int, float]) -> dict[str, Any] | None:
     """Returns the mean difference of values by seed, with its interval."""
-    seeds = sorted(values.keys() & less.keys())
-    if not seeds:
+    return _mean({seed: values[seed] - less[seed] for seed in sorted(values.keys() & less.keys())})
+
+
+def _mean(by_seed: Mapping[int, float]) -> dict[str, Any] | None:
+    """Returns the mean of values by seed, with its interval."""
+    if not by_seed:
         return None
-    differences = [values[seed] - less[seed] for seed in seeds]
-    low, high = mean_interval(differences) or (None, None)
-    return {"mean": statistics.fmean(differences), "low": low, "high": high, "seeds": seeds}
+    values = list(by_seed.values())
+    low, high = mean_interval(values) or (None, None)
+    return {"mean": statistics.fmean(values), "low": low, "high": high, "seeds": list(by_seed)}
 
 
 def rows(findings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
