@@ -59,12 +59,13 @@ class Look:
         for step in run.steps:
             state = run.checkpoint_at(step)
             learner.load_state_dict(state["learner"])
+            view = View(learner, *probed(dataset))
             for probe in probes:
                 if (probe.name, step) in known:
                     continue
                 clock = time.perf_counter()
                 with undisturbed(learner.model):
-                    seen = probe.look(View(learner, *probed(dataset)))
+                    seen = probe.look(view)
                 about = {"probe": probe.name, "step": step, "epoch": state["progress"]["epoch"]}
                 about["seconds"] = time.perf_counter() - clock
                 run.log("probe", **about, **seen)

@@ -11,7 +11,6 @@ from torch import Tensor
 from lockfree.feedback import FeedbackWeights
 from lockfree.learner import Learner
 from lockfree.probes.base import Probe, View, blue
-from lockfree.rng import undisturbed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,10 +35,7 @@ class Alignment(Probe):
 
     def look(self, view: View) -> dict[str, Any]:
         learner = view.learner
-        with undisturbed(learner.model):
-            learner.model.train()
-            found = learner.gradients(view.inputs, view.targets)
-            true = _true_gradients(view)
+        (_, found), (_, true) = view.gradients
         names = {id(parameter): name for name, parameter in learner.model.named_parameters()}
         angles = []
         for block in learner.chain.blocks:
@@ -71,15 +67,6 @@ class Alignment(Probe):
         axes[0][0].set_title("gradient against backpropagation's, degrees", fontsize=10)
         axes[0][1].set_title("feedback against forward weights, degrees", fontsize=10)
         return figure
-
-
-def _true_gradients(view: View) -> dict[str, Tensor]:
-    model = view.learner.model
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.enable_grad():
-        loss = view.learner.loss(model(view.inputs), view.targets)
-        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(trained, found, strict=True) if gradient is not None}
 
 
 def _weight_angles(learner: Learner) -> list[float | None]:

@@ -9,17 +9,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lockfree.learner import Learner
+from lockfree.probes.gradients import Gradients, estimated_and_true
 from lockfree.rng import undisturbed
-from lockfree.values import Values, batch_size, tensors
+from lockfree.values import Values, batch_size, clone, tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class View:
-    """A learner as a probe sees it: in evaluation mode, on samples of its own.
+    """A learner as a probe sees it, on samples of its own.
+
+    What takes a pass through the model is made when it is first asked for and kept, so that probes that share a view share it.
 
     Args:
         learner: What is trained.
@@ -36,15 +40,25 @@ class View:
         return _rows(self.inputs)
 
     @cached_property
-    def representations(self) -> list[Float[Tensor, "m d"]]:
-        """What each block hands up, bottom to top, a row for each sample; the top block's is the model's output."""
+    def outputs(self) -> list[Values]:
+        """What each block hands up, bottom to top, as it is; the top block's is the model's output."""
         values, found = self.inputs, []
         with undisturbed(self.learner.model), torch.no_grad():
             self.learner.model.eval()
             for block in self.learner.chain.blocks:
                 values = block(values)
-                found.append(_rows(values))
+                found.append(clone(values))  # the next block may work in place
         return found
+
+    @cached_property
+    def representations(self) -> list[Float[Tensor, "m d"]]:
+        """What each block hands up, bottom to top, a row for each sample."""
+        return [_rows(values) for values in self.outputs]
+
+    @cached_property
+    def gradients(self) -> tuple[Gradients, Gradients]:
+        """What the rule gives on all samples at once, and what backpropagation does, both in training mode."""
+        return estimated_and_true(self.learner, self.inputs, self.targets)
 
     def outputs_of(self, layers: Sequence[str]) -> list[Float[Tensor, "m d"]]:
         """What submodules put out, in the order of their names, a row for each sample.
@@ -83,6 +97,16 @@ def _rows(values: Values, samples: int | None = None) -> Tensor:
     samples = batch_size(values) if samples is None else samples
     rows = [tensor.reshape(samples, -1) for tensor in tensors(values) if tensor.dim() and len(tensor) == samples]
     return torch.cat([one if one.dtype == torch.float64 else one.float() for one in rows], dim=1)
+
+
+def some_of(values: Values, rows: slice | Tensor) -> Values:
+    """Returns some samples of a batch, in a tree of batched tensors.
+
+    Args:
+        values: The tree.
+        rows: Which samples.
+    """
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[rows] if tensor.dim() else tensor, values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,19 +1,17 @@
 """How good a rule's credit is as an estimate of the true gradient."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from lockfree.learner import Learner
-from lockfree.probes.base import Probe, View, blue
-from lockfree.rng import get_rng, set_rng, undisturbed
-from lockfree.values import Values, batch_size, carriers
+from lockfree.probes.base import Probe, View, blue, some_of
+from lockfree.probes.gradients import flat
+from lockfree.rng import undisturbed
+from lockfree.values import batch_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,13 +65,10 @@ class GradientQuality(Probe):
             raise ValueError(
                 f"{batch_size(x)} samples make no {self.minibatches} minibatches of 2 or more: pass more probe_data"
             )
-        with undisturbed(learner.model):  # generators, too
+        (credits, _), (true, gradients) = view.gradients
+        with undisturbed(learner.model):
             learner.model.train()
-            random = get_rng()
-            credits, _ = _credits(learner, partial(learner.gradients, x, y))
-            set_rng(random)
-            true, gradients = _credits(learner, partial(_true_gradients, learner, x, y))
-            parts = [learner.gradients(*_part((x, y), slice(j * size, (j + 1) * size))) for j in range(self.minibatches)]
+            parts = [learner.gradients(*some_of((x, y), slice(j * size, (j + 1) * size))) for j in range(self.minibatches)]
         found: dict[str, list[float | None]] = {key: [] for key in _COLUMNS}
         for estimate, truth in zip(credits, true, strict=True):
             for key, value in compare(estimate, truth).items():
@@ -81,8 +76,8 @@ class GradientQuality(Probe):
         names = {id(parameter): name for name, parameter in learner.model.named_parameters()}
         for block in learner.chain.blocks:
             mine = [name for p in block.parameters() if (name := names[id(p)]) in gradients and name in parts[0]]
-            bias, variance = bias_and_variance([_flat(part[name] for name in mine) for part in parts],
-                                               _flat(gradients[name] for name in mine))  # fmt: skip
+            bias, variance = bias_and_variance([flat(part[name] for name in mine) for part in parts],
+                                               flat(gradients[name] for name in mine))  # fmt: skip
             found["bias"].append(bias)
             found["variance"].append(variance)
         return dict(found)
@@ -129,7 +124,7 @@ def compare(estimate: Tensor | None, truth: Tensor | None) -> dict[str, float | 
     return {
         "cosine": float(estimate @ truth) / (size * other) if other > 0 else None,
         "relative_error": float((estimate - truth).norm()) / size,
-        "sign_agreement": float((estimate.sign() == truth.sign())[signed].double().mean()),
+        "sign_agreement": int(((estimate.sign() == truth.sign()) & signed).sum()) / int(signed.sum()),
     }
 
 
@@ -142,48 +137,3 @@ def bias_and_variance(estimates: Sequence[Tensor], truth: Tensor) -> tuple[float
     mean = stacked.mean(0)
     spread = float((stacked - mean).square().sum()) / (len(stacked) - 1)
     return float((mean - truth).norm()) / size, spread / size**2
-
-
-def _credits(learner: Learner, run: Callable[[], dict[str, Tensor]]) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-    """Runs something that differentiates, and returns what gradient each block's output was given, with the result."""
-    taken: list[dict[int, Tensor]] = [{} for _ in learner.chain.blocks]
-
-    def listen(seen: dict[int, Tensor], forward: Callable[..., Values], *inputs: Any) -> Values:
-        outputs = forward(*inputs)
-        for index, tensor in enumerate(carriers(outputs)):
-            tensor.register_hook(lambda gradient, index=index: seen.__setitem__(index, gradient.detach().clone()))
-        return outputs
-
-    blocks = list(learner.chain.blocks)
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block, seen in zip(blocks, taken, strict=True):
-        # Not a hook of the module: where exact credit crosses its borders the engine calls a block's forward itself.
-        block.forward = partial(listen, seen, block.forward)
-    try:
-        result = run()
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
-                del block.forward  # the class's own is seen again
-            else:
-                block.forward = own
-    return [_flat(seen[index] for index in sorted(seen)) if seen else None for seen in taken], result
-
-
-def _true_gradients(learner: Learner, x: Values, y: Any) -> dict[str, Tensor]:
-    trained = {name: parameter for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
-    with torch.enable_grad():
-        values = x
-        for block in learner.chain.blocks:
-            values = block(values)
-        found = torch.autograd.grad(learner.loss(values, y), list(trained.values()), allow_unused=True)
-    return {name: gradient for name, gradient in zip(trained, found, strict=True) if gradient is not None}
-
-
-def _part(values: Any, part: slice) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor[part] if tensor.dim() else tensor, values)
-
-
-def _flat(parts: Any) -> Tensor:
-    rows = [part.double().flatten() for part in parts]
-    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)

@@ -45,16 +45,17 @@ def linear_cka(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Float[Tensor
     counts = {len(z) for z in (*ones, *others)}
     if len(counts) != 1:
         raise ValueError(f"representations of {sorted(counts)} samples: compare layers on the same samples")
-    return _directions(ones) @ _directions(others).T
+    return _directions([_gram(z) for z in ones]) @ _directions([_gram(z) for z in others]).T
 
 
-def _directions(layers: Sequence[Tensor]) -> Tensor:
-    grams = []
-    for z in layers:
-        rows = _centred(z)
-        gram = (rows @ rows.T).flatten()
-        grams.append(gram / gram.norm())
-    return torch.stack(grams)
+def _directions(grams: Sequence[Tensor]) -> Tensor:
+    """Returns Gram matrices as vectors of length 1: their products are CKA."""
+    return torch.stack([gram.flatten() / gram.norm() for gram in grams])
+
+
+def _gram(z: Tensor) -> Tensor:
+    rows = _centred(z)
+    return rows @ rows.T
 
 
 def _centred(z: Tensor) -> Tensor:
@@ -107,7 +108,11 @@ def participation_ratio(z: Float[Tensor, "m ..."]) -> float:
         Gao, Trautmann, Yu et al. 2017, "A theory of multineuronal dimensionality, dynamics and measurement".
     """
     rows = _centred(z)
-    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows  # the same eigenvalues, but for zeros
+    return _directions_that_vary(rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows)
+
+
+def _directions_that_vary(gram: Tensor) -> float:
+    """Returns the participation ratio, given the Gram matrix or the covariance: the same eigenvalues, but for zeros."""
     return float(gram.trace().square() / gram.square().sum())
 
 
@@ -126,17 +131,24 @@ def linear_probe(z: Float[Tensor, "m ..."], classes: Int[Tensor, " m"], *, ridge
     Reference:
         Alain, Bengio 2016, "Understanding intermediate layers using linear classifier probes", arXiv 1610.01644 (there logistic).
     """
-    rows, labels = z.detach().flatten(1).double(), F.one_hot(classes.clamp_min(0)).double()
+    return _read_out(_gram(z), classes, ridge)
+
+
+def _read_out(gram: Tensor, classes: Tensor, ridge: float) -> float:
+    """Returns a linear probe's accuracy, given products of samples alone: as many unknowns as samples, however many features."""
+    labels = F.one_hot(classes.clamp_min(0)).double()
     train, held = slice(0, None, 2), slice(1, None, 2)
-    middle, prior = rows[train].mean(0), labels[train].mean(0)
-    mine, wanted, others = rows[train] - middle, labels[train] - prior, rows[held] - middle
-    gram = mine @ mine.T
-    penalty = ridge * float(gram.trace()) / len(mine)
+    prior = labels[train].mean(0)
+    # What samples are centred by is the mean of those that are fitted: in products, a mean over their columns and rows.
+    gram = gram - gram[:, train].mean(1, keepdim=True)
+    gram = gram - gram[train].mean(0)
+    mine, others = gram[train, train], gram[held, train]
+    penalty = ridge * float(mine.trace()) / len(mine)
     if not penalty > 0:
         scores = prior.expand(len(others), -1)
-    else:  # the dual form: as many unknowns as samples, however many features
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        scores = others @ (mine.T @ torch.linalg.solve(gram + penalty * eye, wanted)) + prior
+    else:
+        eye = torch.eye(len(mine), dtype=mine.dtype, device=mine.device)
+        scores = others @ torch.linalg.solve(mine + penalty * eye, labels[train] - prior) + prior
     return float((scores.argmax(1) == classes[held]).double().mean())
 
 
@@ -192,14 +204,16 @@ class Representation(Probe):
             raise ValueError("layers are compared by class: this probe wants class numbers of shape (batch,)")
         order = torch.argsort(classes, stable=True)
         order = order[torch.linspace(0, len(order) - 1, min(self.pictured, len(order)), device=order.device).round().long()]
+        grams = [_gram(z) for z in layers]  # all but dissimilarity is in them
+        alike, labels = _directions(grams), _gram(F.one_hot(classes.clamp_min(0)))
         return {
             "layers": [f"block {index}" for index in range(len(layers))] if self.layers is None else list(self.layers),
             "classes": classes[order].tolist(),
-            "rdm": [[[round(value, 2) for value in row] for row in dissimilarity(z[order]).tolist()] for z in layers],
-            "cka": linear_cka(layers, layers).tolist(),
-            "class_cka": linear_cka(layers, [F.one_hot(classes.clamp_min(0)).double()])[:, 0].tolist(),
-            "probe_accuracy": [linear_probe(z, classes, ridge=self.ridge) for z in layers],
-            "participation_ratio": [participation_ratio(z) for z in layers],
+            "rdm": [dissimilarity(z[order]).round(decimals=2).tolist() for z in layers],
+            "cka": (alike @ alike.T).tolist(),
+            "class_cka": (alike @ _directions([labels])[0]).tolist(),
+            "probe_accuracy": [_read_out(gram, classes, self.ridge) for gram in grams],
+            "participation_ratio": [_directions_that_vary(gram) for gram in grams],
         }
 
     @classmethod
