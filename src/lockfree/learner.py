@@ -298,6 +298,14 @@ class Learner:
         """
         return self._assembly.objective.evaluate(outputs, y)
 
+    def sample_losses(self, outputs: Values, y: Any) -> Tensor:
+        """Returns the user's loss of each sample of a model output, shape (batch,); 0 for a sample that the loss ignores.
+
+        Raises:
+            ValueError: If the targets do not fit, or the loss cannot be taken sample by sample at once (`torch.func.vmap`).
+        """
+        return self._assembly.objective.sample_losses(outputs, y)
+
     @property
     def schedule(self) -> Schedule:
         """When things happen, in the present phase of the rule."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lockfree.learner import Learner
-from lockfree.probes.base import Probe, View, blue
+from lockfree.probes.base import Probe, View, blue, some_of
 from lockfree.rng import undisturbed
 from lockfree.synthesisers import Synthesiser
 from lockfree.synthesisers.critic import CriticSynthesiser
@@ -60,7 +60,7 @@ class ImpliedLoss(Probe):
 
     Attributes:
         samples: Samples that paths begin at, 2 or more, from the first; class means are taken over all.
-        points: Midpoints of the integral, 1 or more.
+        points: Midpoints of the integral, 1 or more; an affine synthesiser needs one alone.
 
     Raises:
         ValueError: If a number is out of range; when attached, if a rule has no synthesiser.
@@ -98,30 +98,25 @@ class ImpliedLoss(Probe):
         found: dict[str, list[Any]] = {name: [] for name in _KEYS}
         with undisturbed(learner.model), torch.no_grad():
             learner.model.eval()
-            values, synthesisers = view.inputs, _synthesisers(learner)
-            classes = range(int(targets.max()) + 1)
-            for index, block in enumerate(learner.chain.blocks):
-                values = block(values)
-                if index in synthesisers and isinstance(values, Tensor):
+            for index, synthesiser in _synthesisers(learner).items():
+                if isinstance(view.outputs[index], Tensor):
                     found["block"].append(index)
-                    for name, value in self._of_one(learner, index, synthesisers[index], values, targets, classes).items():
+                    for name, value in self._of_one(learner, index, synthesiser, view.outputs[index], targets).items():
                         found[name].append(value)
         if not found["block"]:
             raise ValueError("no block with a synthesiser hands up one tensor alone: cut the model where nothing skips over")
         return dict(found)
 
-    def _of_one(
-        self, learner: Learner, index: int, synthesiser: Synthesiser, y: Tensor, targets: Tensor, classes: Sequence[int]
-    ) -> dict[str, Any]:
+    def _of_one(self, learner: Learner, index: int, synthesiser: Synthesiser, y: Tensor, targets: Tensor) -> dict[str, Any]:
         h, labels = y[: self.samples], targets[: self.samples]
-        there = [c for c in classes if bool((targets == c).any())]
-        prototypes = [y[targets == c].mean(0).expand_as(h) for c in there]
+        there = [c for c in range(int(targets.max()) + 1) if bool((targets == c).any())]
+        prototypes = torch.stack([y[targets == c].mean(0) for c in there])
         belief = _belief(synthesiser, labels, h)
-        own = _true_losses(learner, index, h, labels)
-        true = torch.stack([_true_losses(learner, index, p, labels) - own for p in prototypes], 1).double()
+        true = _true_rises(learner, index, h, prototypes, labels).double()
         with undisturbed(synthesiser):
             synthesiser.eval()
-            implied = torch.stack([belief(h, p, self.points) for p in prototypes], 1).double()
+            points = 1 if synthesiser.is_affine else self.points  # the midpoint rule is exact then
+            implied = torch.stack([belief(h, p.expand_as(h), points) for p in prototypes], 1).double()
         numbers = torch.tensor(there, device=labels.device)
         both = torch.stack([implied.flatten(), true.flatten()])
         correlation = float(torch.corrcoef(both)[0, 1])
@@ -185,12 +180,23 @@ def _belief(synthesiser: Synthesiser, labels: Tensor, like: Tensor) -> Callable[
     )
 
 
-def _true_losses(learner: Learner, index: int, h: Tensor, labels: Tensor) -> Tensor:
-    """Returns the loss of each sample if the block of that number had put this out."""
-    values: Any = h
+def _true_rises(learner: Learner, index: int, h: Tensor, prototypes: Tensor, labels: Tensor) -> Tensor:
+    """Returns how much each sample's loss rises if the block of that number puts out each prototype instead, a column for each."""
+    values: Any = torch.cat([h, prototypes])  # what is above runs once on a prototype, whatever the label that judges it
     for block in learner.chain.blocks[index + 1 :]:
         values = block(values)
-    return torch.stack([learner.loss(values[i : i + 1], labels[i : i + 1]) for i in range(len(labels))])
+    samples, count = len(h), len(prototypes)
+    rows = torch.arange(samples + count, device=h.device)
+    rows = torch.cat([rows[:samples], rows[samples:].repeat_interleave(samples)])
+    losses = _losses(learner, some_of(values, rows), labels.repeat(1 + count)).view(1 + count, samples)
+    return (losses[1:] - losses[0]).T
+
+
+def _losses(learner: Learner, scores: Any, labels: Tensor) -> Tensor:
+    try:
+        return learner.sample_losses(scores, labels)
+    except ValueError:  # a loss that is no function of tensors alone is taken one by one
+        return torch.stack([learner.loss(some_of(scores, slice(i, i + 1)), labels[i : i + 1]) for i in range(len(labels))])
 
 
 def _mean_of(values: Tensor, mine: Tensor) -> list[float]:

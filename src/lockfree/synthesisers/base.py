@@ -56,12 +56,14 @@ class Synthesiser(nn.Module, ABC):
 
     Attributes:
         plain: Whether a prediction of it holds tensors alone and no graph of autograd; `store` and `restore` then serve it.
+        is_affine: Whether what it predicts is an affine function of y.
 
     Reference:
         Jaderberg et al. 2016, arXiv 1608.05343, section 2.
     """
 
     plain: ClassVar[bool] = False
+    is_affine: ClassVar[bool] = False
 
     def __init__(self, classes: int) -> None:
         super().__init__()

@@ -58,6 +58,7 @@ class LinearSynthesiser(GradientSynthesiser):
     """
 
     plain = True
+    is_affine = True
 
     def __init__(self, like: Tensor, design: Design) -> None:
         super().__init__(design.classes)
