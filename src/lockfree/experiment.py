@@ -27,8 +27,8 @@ from lockfree.timeline import play
 from lockfree.trace import Line, Replayed, replay
 from lockfree.trainer import Sink, Trainer, evaluate
 
-_PROBED = 512
-"""Most test images that probes look at."""
+_LEAST_PROBED, _MOST_PROBED = 128, 512
+"""Test images that probes look at."""
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
@@ -328,10 +328,18 @@ class Decay(torch.optim.lr_scheduler.LambdaLR):
 
 
 def probed(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the test images that probes look at, and their classes."""
-    # A look at a small set must not take longer than learning from it.
-    count = min(_PROBED, max(_PROBED // 4, len(dataset.train.targets) // 100))
-    return dataset.test.inputs[:count], dataset.test.targets[:count]
+    """Returns the test images that probes look at, and their classes: as many of each class as there are, in random order.
+
+    There are few where the training set is small, so that a look takes no longer than it must beside the training.
+    """
+    inputs, targets = dataset.test
+    count = min(_MOST_PROBED, max(_LEAST_PROBED, len(dataset.train.targets) // 50))
+    # A sample's turn is the number of samples of its class before it: the first turns hold every class, whatever the order.
+    turn = F.one_hot(targets).cumsum(0).gather(1, targets[:, None]).squeeze(1)
+    chosen = torch.argsort(turn, stable=True)[:count]
+    # Probes split what they look at into parts, each of which has to be like the whole.
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0)).to(chosen.device)
+    return inputs[chosen[order]], targets[chosen[order]]
 
 
 def load_once(name: str, device: str) -> Dataset:
