@@ -15,6 +15,7 @@ from lockfree.experiment import Experiment, load_once, probed
 from lockfree.hsic import Linear, cka
 from lockfree.probes import (
     PROBES,
+    Alignment,
     GradientQuality,
     ImpliedLoss,
     Representation,
@@ -50,19 +51,29 @@ def draw(shape, samples, seed):
     return torch.randn(samples, *shape, generator=generator), torch.arange(samples) % 4
 
 
-def learner(build=normalised, shape=(6,), rule="backprop", **fields):
+def learner(build=normalised, shape=(6,), rule="backprop", loss=F.cross_entropy, **fields):
+    return learner_with(build, shape, lf.rules.get(rule, **fields), loss=loss)
+
+
+def learner_with(build, shape, rule, loss=F.cross_entropy, **settings):
     torch.manual_seed(0)
     return lf.convert(
         build(),
-        lf.rules.get(rule, **fields),
-        loss=F.cross_entropy,
+        rule,
+        loss=loss,
         optimizer=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
         example_input=draw(shape, 4, 0)[0],
+        **settings,
     )
 
 
 def resnet20():
-    return lf.models.build("resnet20", input_shape=(3, 8, 8), classes=4)
+    return lf.models.build("resnet20", input_shape=(3, 32, 32), classes=4)
+
+
+def alike():
+    layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)]
+    return nn.Sequential(*layers, nn.Linear(8, 4))
 
 
 def plain(state):
@@ -76,26 +87,44 @@ def plain(state):
 # ---- all of them -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("build", "shape"), [(normalised, (6,)), (resnet20, (3, 8, 8)), (Own, (6,))])
-def test_all_probes_at_once_change_nothing(build, shape):
-    ends, seen = [], set()
-    for probes in ([], [probe(every=1) for probe in PROBES.values()]):
-        one = learner(build, shape, "cdni")
-        modes = [module.training for module in one.model.modules()]
-        trainer = lf.Trainer(
-            one,
-            probes=probes,
-            probe_data=draw(shape, 16, 9),
-            sinks=[lambda kind, values: seen.add(values["probe"]) if kind == "probe" else None],
-        )
-        torch.manual_seed(5)
-        trainer.fit([draw(shape, 8, seed) for seed in range(2)], epochs=1)
-        assert [module.training for module in one.model.modules()] == modes
-        assert not any("forward" in vars(block) for block in one.chain.blocks)
-        assert all(not block._forward_hooks for block in one.chain.blocks)
-        ends.append(json.dumps(plain(one.state_dict() | {"next": torch.rand(3)})))
+SHAPES = {resnet20: (3, 32, 32), Own: (6,), alike: (8,), normalised: (6,)}
+CUTS = {Own: {"blocks": 3}}
+STACKED = {"schedule": "pipelined", "executor": "stacked"}
+
+
+def fitted(build, rule, probes, settings):
+    """Trains, and returns everything that training leaves behind, with the next random numbers."""
+    shape = SHAPES[build]
+    one = learner_with(build, shape, rule, **CUTS.get(build, {}), **settings)
+    seen = set()
+    trainer = lf.Trainer(
+        one,
+        probes=probes,
+        probe_data=draw(shape, 16, 9),
+        sinks=[lambda kind, values: seen.add(values["probe"]) if kind == "probe" else None],
+    )
+    torch.manual_seed(5)
+    trainer.fit([draw(shape, 8, seed) for seed in range(2 if build is resnet20 else 12)], epochs=1)
+    assert seen == {probe.name for probe in probes}
+    assert all(module.training for module in one.model.modules())
+    assert not any("forward" in vars(block) or block._forward_hooks for block in one.chain.blocks)
+    return json.dumps(plain(one.state_dict() | {"next": torch.rand(3)}))
+
+
+@pytest.mark.parametrize(
+    ("rule", "executor"),
+    [
+        *((rule, "sequential") for rule in ("backprop", "fa", "dni", "cdni")),
+        *((rule, "stacked") for rule in ("dni", "cdni")),  # the others wait for the block above
+    ],
+)
+@pytest.mark.parametrize("build", [normalised, resnet20, Own, alike])
+def test_all_probes_at_once_change_nothing(build, rule, executor):
+    settings = STACKED if executor == "stacked" else {}
+    served = [name for name in PROBES if name != "implied-loss" or "dni" in rule]
+    probes = [PROBES[name](every=1) for name in served]
+    ends = [fitted(build, rule, looking, settings) for looking in ([], probes)]
     assert ends[0] == ends[1]
-    assert seen == set(PROBES)
 
 
 @pytest.mark.parametrize("probe", ["gradient-quality", "alignment", "representation", "implied-loss"])
@@ -103,17 +132,7 @@ def test_a_stack_of_blocks_looks_like_its_blocks(probe):
     """Where an executor keeps the weights of many blocks as one tensor, a probe sees them as they are now."""
     seen = []
     for executor in ("sequential", "stacked"):
-        torch.manual_seed(0)
-        layers = [nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)]
-        one = lf.convert(
-            nn.Sequential(*layers, nn.Linear(8, 4)),
-            lf.rules.SyntheticGradients(conditioned=True),
-            loss=F.cross_entropy,
-            optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
-            example_input=draw((8,), 4, 0)[0],
-            schedule="pipelined",
-            executor=executor,
-        )
+        one = learner_with(alike, (8,), "cdni", schedule="pipelined", executor=executor)
         for seed in range(12):
             one.step(*draw((8,), 8, seed))
         seen.append(PROBES[probe]().look(View(one, *draw((8,), 32, 99))))
@@ -131,15 +150,92 @@ def _numbers(seen):
     return [seen] if isinstance(seen, int | float) else []
 
 
-@pytest.mark.parametrize("rule", ["backprop", "dni", "fa", "dfa", "pred", "noise"])
-@pytest.mark.parametrize(("build", "shape"), [(resnet20, (3, 8, 8)), (Own, (6,))])
-def test_layers_need_no_names(build, shape, rule):
-    view = View(learner(build, shape, rule), *draw(shape, 16, 3))
-    count = len(view.learner.chain.blocks)
+@pytest.mark.parametrize("rule", ["backprop", "dni", "cdni", "fa", "dfa", "pred", "noise"])
+@pytest.mark.parametrize("build", [resnet20, Own])
+def test_layers_need_no_names(build, rule):
+    one = learner_with(build, SHAPES[build], rule, **CUTS.get(build, {}))
+    view = View(one, *draw(SHAPES[build], 16, 3))
+    count = len(one.chain.blocks)
+    assert count == {resnet20: 5, Own: 3}[build]
     credit = GradientQuality().look(view)
     assert {len(values) for values in credit.values()} == {count}
     assert credit["cosine"][-1] == pytest.approx(1)  # the block under the loss has the truth
-    assert np.shape(Representation().look(view)["cka"]) == (count, count)
+    angles = Alignment().look(view)["angles"]
+    assert len(angles) == count
+    assert angles[-1] == pytest.approx(0, abs=0.1)
+    if rule == "backprop":
+        assert credit["cosine"] == pytest.approx([1] * count)
+        assert angles == pytest.approx([0] * count, abs=0.1)
+    layers = Representation().look(view)
+    assert layers["layers"] == [f"block {index}" for index in range(count)]
+    assert np.diag(layers["cka"]) == pytest.approx([1] * count)
+    if "dni" in rule:
+        alone = [index for index, y in enumerate(view.outputs[:-1]) if isinstance(y, torch.Tensor)]
+        assert ImpliedLoss().look(view)["block"] == alone != []
+
+
+# ---- what probes share -------------------------------------------------------------------------------------------------------
+
+
+def test_probes_that_share_a_view_see_what_each_sees_alone_in_fewer_passes(monkeypatch):
+    one = learner(rule="cdni")
+    for seed in range(5):
+        one.step(*draw((6,), 16, seed))
+    data = draw((6,), 24, 7)
+    alone = {name: probe().look(View(one, *data)) for name, probe in PROBES.items()}
+    passes = {"gradients": 0, "evaluation": 0}
+    gradients, forward = lf.Learner.gradients, type(one.chain.blocks[0]).forward
+
+    def counted(self, *batch):
+        passes["gradients"] += 1
+        return gradients(self, *batch)
+
+    def run(self, *inputs):
+        passes["evaluation"] += self is one.chain.blocks[0] and not one.model.training
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(lf.Learner, "gradients", counted)
+    monkeypatch.setattr(type(one.chain.blocks[0]), "forward", run)
+    view = View(one, *data)
+    assert {name: probe().look(view) for name, probe in PROBES.items()} == alone
+    assert passes == {"gradients": 1 + GradientQuality().minibatches, "evaluation": 1}
+
+
+class InPlace(nn.Module):
+    """A model that overwrites what its first layer puts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 4))
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_block_that_works_in_place_spoils_no_view():
+    one = learner_with(InPlace, (6,), "backprop", blocks=["second"])
+    x, y = draw((6,), 16, 1)
+    first = View(one, x, y).outputs[0]
+    torch.testing.assert_close(first, one.model.first(x), rtol=0, atol=0)
+    assert (first < 0).any()
+
+
+@pytest.mark.parametrize(("training", "count"), [(1437, 128), (10_000, 200), (50_000, 512), (60_000, 512)])
+def test_the_command_line_shows_probes_all_classes_alike(training, count):
+    targets = torch.arange(5000) // 500  # sorted by class
+    inputs = torch.arange(5000.0)[:, None, None, None]
+    dataset = lf.data.Dataset(
+        name="sorted", classes=tuple("abcdefghij"), source="made",
+        train=lf.data.Split(torch.zeros(training, 1, 1, 1), torch.zeros(training, dtype=torch.int64)),
+        test=lf.data.Split(inputs, targets),
+    )  # fmt: skip
+    x, y = probed(dataset)
+    assert len(x) == len(y) == count
+    assert torch.equal(targets[x.flatten().long()], y)
+    counts = torch.bincount(y, minlength=10)
+    assert counts.max() - counts.min() <= 1
+    parts = [torch.bincount(part, minlength=10).min() for part in (y[::2], y[1::2], y[:64])]
+    assert min(parts) > 0  # what a linear probe is fitted and scored on, and where paths begin
 
 
 # ---- gradient quality --------------------------------------------------------------------------------------------------------
@@ -342,6 +438,39 @@ def test_a_synthesiser_that_knows_the_truth_believes_in_the_true_loss():
     assert seen["implied_label"] == seen["true_label"]
 
 
+def one_by_one(scores, labels):
+    """A loss that cannot be taken of many samples at once."""
+    return F.cross_entropy(scores, labels) if scores.sum().item() < 1e9 else scores.sum()
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, one_by_one])
+@pytest.mark.parametrize("form", ["gradient", "sigmoid"])
+def test_implied_and_true_loss_are_those_of_each_sample_path_and_class(form, loss):
+    one = learner(Own, rule="cdni", loss=loss, form=form, learning_rate=0.01)
+    for seed in range(20):
+        one.step(*draw((6,), 16, seed))
+    x, y = draw((6,), 24, 4)
+    seen = ImpliedLoss(samples=10, points=50).look(View(one, x, y))
+    model, synthesiser = one.model, one.cells[0].auxiliary[0]
+    assert synthesiser.is_affine is (form == "gradient")  # one midpoint is as good as 50 then
+    for parameter in (*model.parameters(), *synthesiser.parameters()):
+        parameter.requires_grad_(False)
+    above = lambda h: model.last(h + torch.tanh(model.second(h)))  # noqa: E731
+    h = torch.relu(model.first(x))
+    implied, true = np.zeros((10, 4)), np.zeros((10, 4))
+    for i, c in np.ndindex(10, 4):
+        p, label = h[y == c].mean(0), y[i : i + 1]
+        true[i, c] = F.cross_entropy(above(p)[None], label) - F.cross_entropy(above(h[i])[None], label)
+        shown = F.one_hot(label, 4).float()
+        for t in (np.arange(50) + 0.5) / 50:
+            implied[i, c] += float(synthesiser((h[i] + t * (p - h[i]))[None], shown)[0] @ (p - h[i])) / 50
+    mean = lambda values: [values[y[:10].numpy() == c].mean(0) for c in range(4)]  # noqa: E731
+    np.testing.assert_allclose(seen["implied"][0], mean(implied), atol=1e-5)
+    np.testing.assert_allclose(seen["true"][0], mean(true), atol=1e-5)
+    assert seen["correlation"][0] == pytest.approx(np.corrcoef(implied.flatten(), true.flatten())[0, 1], abs=1e-4)
+    assert seen["true_label"][0] == (true.argmin(1) == y[:10].numpy()).mean()
+
+
 def test_a_critic_is_asked_for_its_value():
     one = learner(Own, rule="cdni", form="critic", hidden_layers=1)
     for seed in range(5):
@@ -405,8 +534,9 @@ def test_checkpoints_are_looked_at_after_the_fact_as_along_training(tmp_path, ca
     assert not (tmp_path / "c").exists()
 
 
-def test_a_comparison_refuses_a_probe_before_anything_is_trained(tmp_path, capsys):
-    command = ["compare", "--rules", "cdni,backprop", "--data", "digits", "--epochs", "1", "--probe", "implied-loss"]
+@pytest.mark.parametrize("rules", ["cdni,backprop", "backprop,cdni"])
+def test_a_comparison_refuses_a_probe_before_anything_is_trained(tmp_path, capsys, rules):
+    command = ["compare", "--rules", rules, "--data", "digits", "--epochs", "1", "--probe", "implied-loss"]
     assert main([*command, "--out", str(tmp_path / "a")]) == 2
     told = capsys.readouterr().err
     assert "Backprop has no synthesiser" in told
