@@ -72,7 +72,9 @@ class View:
         model, found = self.learner.model, {name: [] for name in layers}
         samples = batch_size(self.inputs)
         hooks = [
-            model.get_submodule(name).register_forward_hook(lambda module, inputs, outputs, taken=taken: taken.append(outputs))
+            model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, outputs, taken=taken: taken.append(clone(outputs))  # the next layer may work in place
+            )
             for name, taken in found.items()
         ]
         try:
@@ -86,7 +88,7 @@ class View:
                         raise ValueError(
                             f"layer {name!r} puts out no tensor with a row for each of {samples} samples: name another"
                         )
-                return [_rows(taken[0], samples) for taken in found.values()]
+                return [_rows(found[name][0], samples) for name in layers]
         finally:
             for hook in hooks:
                 hook.remove()
