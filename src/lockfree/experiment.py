@@ -27,9 +27,6 @@ from lockfree.timeline import play
 from lockfree.trace import Line, Replayed, replay
 from lockfree.trainer import Sink, Trainer, evaluate
 
-_LEAST_PROBED, _MOST_PROBED = 128, 512
-"""Test images that probes look at."""
-
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
@@ -327,16 +324,21 @@ class Decay(torch.optim.lr_scheduler.LambdaLR):
             group["lr"] = base * share(self.last_epoch)
 
 
-def probed(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the test images that probes look at, and their classes: as many of each class as there are, in random order.
+def count_probed(training: int) -> int:
+    """Returns how many test images probes look at: few beside a small training set, so that a look takes no longer than it must.
 
-    There are few where the training set is small, so that a look takes no longer than it must beside the training.
+    Args:
+        training: Images of the training set.
     """
+    return min(512, max(128, training // 50))
+
+
+def probed(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the test images that probes look at, and their classes: as many of each class as there are, in random order."""
     inputs, targets = dataset.test
-    count = min(_MOST_PROBED, max(_LEAST_PROBED, len(dataset.train.targets) // 50))
     # A sample's turn is the number of samples of its class before it: the first turns hold every class, whatever the order.
     turn = F.one_hot(targets).cumsum(0).gather(1, targets[:, None]).squeeze(1)
-    chosen = torch.argsort(turn, stable=True)[:count]
+    chosen = torch.argsort(turn, stable=True)[: count_probed(len(dataset.train.targets))]
     # Probes split what they look at into parts, each of which has to be like the whole.
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0)).to(chosen.device)
     return inputs[chosen[order]], targets[chosen[order]]

@@ -1,7 +1,8 @@
 """What looking costs: a look of each probe over the training between two looks."""
 
+import itertools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,91 +14,104 @@ from lockfree import models
 from lockfree.bench.step import STEP_OPTIMIZERS, machine
 from lockfree.bench.timing import interleaved
 from lockfree.convert import convert
+from lockfree.experiment import count_probed
+from lockfree.learner import Learner
 from lockfree.probes import PROBES, View
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Setting:
+class Setting:
     """A network in training.
 
     Attributes:
         model: Its name.
         shape: Of a sample.
         rule: Command-line name.
-        probes: What looks at it.
         samples: Training samples of the data set that has such samples.
         steps: Steps that are timed at once.
+        rounds: Looks of each probe.
     """
 
     model: str
     shape: tuple[int, int, int]
     rule: str
-    probes: tuple[str, ...]
     samples: int
     steps: int
+    rounds: int
 
 
-_SIGHTS = ("gradient-quality", "alignment", "representation")
-_SETTINGS: dict[str, _Setting] = {
-    f"{name}_{rule}": _Setting(
-        model=model,
-        shape=shape,
-        rule=rule,
-        probes=_SIGHTS if rule == "backprop" else (*_SIGHTS, "implied-loss"),
-        samples=samples,
-        steps=steps,
-    )
-    for name, (model, shape, samples, steps) in {
-        "mlp": ("mlp", (1, 28, 28), 60_000, 100),
-        "resnet20": ("resnet20", (3, 32, 32), 50_000, 2),
-        "digits": ("mlp", (1, 8, 8), 1_437, 100),
-    }.items()
-    for rule in ("backprop", "cdni")
+_MNIST: dict[str, Any] = {"model": "mlp", "shape": (1, 28, 28), "samples": 60_000, "steps": 20, "rounds": 9}
+SETTINGS: dict[str, Setting] = {
+    "mlp_cdni": Setting(rule="cdni", **_MNIST),
+    "mlp_backprop": Setting(rule="backprop", **_MNIST),
+    "digits_cdni": Setting(rule="cdni", **_MNIST | {"shape": (1, 8, 8), "samples": 1_437}),
+    "resnet20_cdni": Setting(model="resnet20", shape=(3, 32, 32), rule="cdni", samples=50_000, steps=1, rounds=3),
 }
-_BATCH, _LOOKED_AT = 256, 512
+"""The MLP 784-256-256-256-10 on MNIST and on digits, ResNet-20 on CIFAR-10."""
+
+EPOCHS, BATCHES = 5, (128, 256)
+_SIGHTS = ("gradient-quality", "alignment", "representation")
 
 
-def probes(rounds: int = 3, device: str = "cpu") -> dict[str, Any]:
+def probes(settings: Mapping[str, Setting] = SETTINGS, device: str = "cpu") -> dict[str, Any]:
     """Times looks of probes at their default schedule, at the start and after each of five epochs, in turn with training steps.
 
-    The MLP 784-256-256-256-10 on MNIST's 60,000 images, ResNet-20 on CIFAR-10's 50,000 and the MLP on digits' 1,437, batches of 256,
-    fused Adam, 512 samples to look at (128 of digits); an epoch's time is that of its steps. Arithmetic takes the same time on
-    the random images that stand for them.
+    Fused Adam, batches of 128 and of 256, as many samples to look at as the command line takes. An epoch is not trained: its time is
+    that of a step times their number. Random images stand for the data sets', since arithmetic takes the same time on them.
 
     Args:
-        rounds: Looks of each probe.
+        settings: Networks in training, by name.
         device: Where to train.
 
     Returns:
-        Looking over training, by network, rule and probe, and what the machine was.
+        By network and rule the seconds of a step and of a look, and by batch size looking over training; for each probe with a view of
+        its own, and for all that share one; and what the machine was. Seconds are medians.
     """
     found: dict[str, float] = {}
-    for name, setting in _SETTINGS.items():
-        looked_at = min(_LOOKED_AT, max(_LOOKED_AT // 4, setting.samples // 100))
-        seconds = interleaved(_things(setting, looked_at, device), rounds=rounds, warm_up=1)
-        epoch = statistics.median(seconds.pop("steps")) / setting.steps * setting.samples / _BATCH
-        for probe, looks in seconds.items():
-            found[f"{name}_{probe}"] = 6 * statistics.median(looks) / (5 * epoch)
-    return {**found, "rounds": rounds, **machine(device)}
+    for name, setting in settings.items():
+        seconds = interleaved(_things(setting, device), rounds=setting.rounds, warm_up=0)
+        median = {thing: statistics.median(times) for thing, times in seconds.items()}
+        step = {batch: median.pop(f"steps of {batch}") / setting.steps for batch in BATCHES}
+        found |= {f"{name}_step_of_{batch}_seconds": value for batch, value in step.items()}
+        for probe, look in median.items():
+            found[f"{name}_{probe}_seconds"] = look
+            for batch, value in step.items():
+                epoch = value * setting.samples / batch
+                found[f"{name}_{probe}_over_training_in_batches_of_{batch}"] = (EPOCHS + 1) * look / (EPOCHS * epoch)
+    return {**found, "rounds": {name: setting.rounds for name, setting in settings.items()}, **machine(device)}
 
 
-def _things(setting: _Setting, looked_at: int, device: str) -> Mapping[str, Callable[[], object]]:
+def _things(setting: Setting, device: str) -> Mapping[str, Callable[[], object]]:
     torch.manual_seed(0)
     model = models.build(setting.model, input_shape=setting.shape, classes=10).to(device)
-    inputs = torch.randn(4, _BATCH, *setting.shape, device=device)
-    targets = torch.randint(0, 10, (4, _BATCH), device=device)
+    # Many batches, so that none is learnt by heart: vanishing gradients are slow numbers on some processors.
+    turns = {batch: itertools.cycle([_batch(setting, batch, device) for _ in range(10)]) for batch in BATCHES}
     learner = convert(
-        model, setting.rule, loss=F.cross_entropy, optimizer=STEP_OPTIMIZERS["fused"], example_input=inputs[0, :2]
+        model,
+        setting.rule,
+        loss=F.cross_entropy,
+        optimizer=STEP_OPTIMIZERS["fused"],
+        example_input=_batch(setting, 2, device)[0],
     )
+    seen = _batch(setting, count_probed(setting.samples), device)
+    names = _SIGHTS if setting.rule == "backprop" else (*_SIGHTS, "implied-loss")
+    steps = {f"steps of {batch}": partial(_steps, learner, turn, setting.steps) for batch, turn in turns.items()}
+    for run in steps.values():
+        run()  # what is made once is not timed
+    looks = {name: partial(_look, [name], learner, seen) for name in names}
+    return {**steps, **looks, "all": partial(_look, names, learner, seen)}
 
-    def steps() -> None:
-        for turn in range(setting.steps):
-            learner.step(inputs[turn % 4], targets[turn % 4])
 
-    seen = torch.randn(looked_at, *setting.shape, device=device), torch.randint(0, 10, (looked_at,), device=device)
-    looks = {name: partial(_look, name, learner, seen) for name in setting.probes}
-    return {"steps": steps, **looks}
+def _batch(setting: Setting, samples: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(samples, *setting.shape, device=device), torch.randint(0, 10, (samples,), device=device)
 
 
-def _look(name: str, learner: Any, seen: tuple[torch.Tensor, torch.Tensor]) -> None:
-    PROBES[name]().look(View(learner, *seen))
+def _steps(learner: Learner, turn: Iterator[tuple[torch.Tensor, torch.Tensor]], count: int) -> None:
+    for batch in itertools.islice(turn, count):
+        learner.step(*batch)
+
+
+def _look(names: Sequence[str], learner: Learner, seen: tuple[torch.Tensor, torch.Tensor]) -> None:
+    view = View(learner, *seen)
+    for name in names:
+        PROBES[name]().look(view)
