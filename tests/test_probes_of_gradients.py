@@ -215,9 +215,10 @@ class InPlace(nn.Module):
 def test_a_block_that_works_in_place_spoils_no_view():
     one = learner_with(InPlace, (6,), "backprop", blocks=["second"])
     x, y = draw((6,), 16, 1)
-    first = View(one, x, y).outputs[0]
-    torch.testing.assert_close(first, one.model.first(x), rtol=0, atol=0)
-    assert (first < 0).any()
+    view = View(one, x, y)
+    for first in (view.outputs[0], view.outputs_of(("first",))[0]):
+        torch.testing.assert_close(first, one.model.first(x), rtol=0, atol=0)
+        assert (first < 0).any()
 
 
 @pytest.mark.parametrize(("training", "count"), [(1437, 128), (10_000, 200), (50_000, 512), (60_000, 512)])
@@ -344,6 +345,14 @@ def test_layers_can_be_named():
     wanted = [model.second(torch.relu(first)), model(x), first]
     torch.testing.assert_close(torch.tensor(whole["cka"]).double(), linear_cka(wanted, wanted), rtol=0, atol=1e-6)
     assert not any(module._forward_hooks for module in model.modules())
+    for seen, titles in (
+        (whole, ["second", "", "first"]),
+        (Representation().look(View(one, x, y)), ["block 0", "block 1", "block 2"]),
+    ):
+        figure = Representation.draw({"run": [{**seen, "step": 0, "epoch": 0}]})
+        assert [axis.get_title() for axis in figure.axes if not axis.get_xlabel()][: len(titles)] == titles
+    twice = View(one, x, y).outputs_of(("first", "first"))
+    assert torch.equal(twice[0], twice[1])
 
 
 class Twice(nn.Module):
