@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 install_import_hook("lockfree", "beartype.beartype").__enter__()
 torch.set_num_threads(1)
 
-MANY, FAST = 12, 8
+MANY, FAST = 12, 6
 
 
 def step_of(cases: list[pytest.Item]) -> int:

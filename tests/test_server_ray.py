@@ -223,8 +223,11 @@ def check_faults(folder, *, worker_kills, server_kills, updates, seed):
 
 
 @pytest.mark.timeout(900)
-def test_many_deaths_of_workers_and_server_lose_nothing(cluster, tmp_path):
-    check_faults(tmp_path, worker_kills=20, server_kills=3, updates=2500, seed=4)
+@pytest.mark.parametrize(
+    ("worker_kills", "server_kills", "updates"), [(4, 1, 500), pytest.param(20, 3, 2500, marks=pytest.mark.slow)]
+)
+def test_deaths_of_workers_and_server_lose_nothing(cluster, tmp_path, worker_kills, server_kills, updates):
+    check_faults(tmp_path, worker_kills=worker_kills, server_kills=server_kills, updates=updates, seed=4)
 
 
 def test_a_dead_worker_is_noticed_at_once(cluster, tmp_path):
