@@ -126,8 +126,8 @@ def test_probes_of_a_trial_change_nothing(tmp_path):
     assert trained(TINY, tmp_path / "seen")["test_error"] == plain["test_error"]
 
 
-def test_a_whole_figure_is_the_mean_over_epochs_and_layers_without_one_are_left_out(tmp_path):
-    trial = replace(TINY, whole=True, fields={"borders": (1,)}, measures={"credit": "cosine", "belief": "implied"})
+def test_an_averaged_figure_is_the_mean_over_epochs_and_layers_without_one_are_left_out(tmp_path):
+    trial = replace(TINY, averaged=True, fields={"borders": (1,)}, measures={"credit": "cosine", "belief": "implied"})
     result = trained(trial, tmp_path)
     looks = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     cosines = [one["cosine"] for one in looks if one.get("probe") == "gradient-quality"]

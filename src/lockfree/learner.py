@@ -301,6 +301,10 @@ class Learner:
     def sample_losses(self, outputs: Values, y: Any) -> Tensor:
         """Returns the user's loss of each sample of a model output, shape (batch,); 0 for a sample that the loss ignores.
 
+        Args:
+            outputs: Of the model, shape (batch, ...), or a tree of such tensors.
+            y: The batch's targets.
+
         Raises:
             ValueError: If the targets do not fit, or the loss cannot be taken sample by sample at once (`torch.func.vmap`).
         """

@@ -12,7 +12,7 @@ from lockfree.recipes.layer_trial import LayerTrial
 from lockfree.recipes.linear_trial import LOSSES, OPTIMUM, LinearTrial, places
 from lockfree.recipes.recipe import Recipe, seeds
 from lockfree.recipes.rule_trial import RuleTrial
-from lockfree.rule import LOCKS, Place, locks
+from lockfree.rule import LOCKS, Needs, Place, locks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,24 @@ REFERENCE = (
 )
 _Method = tuple[str, Mapping[str, Any]]
 """Command-line name of a rule, and its hyperparameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    """What a budget means for an experiment on MNIST.
+
+    Attributes:
+        seeds: How many.
+        hidden: Hidden layers of each network.
+        units: Their width.
+        training: Further fields of each trial.
+    """
+
+    seeds: int
+    hidden: Sequence[int]
+    units: int
+    training: Mapping[str, Any]
+
 
 # ---- table 1: one interface ---------------------------------------------------------------------------------------------------
 
@@ -37,16 +55,16 @@ _TABLE: dict[str, _Method] = {
     "synthetic gradient, label": ("cdni", {}),
     "true gradient": ("backprop", {}),
 }
-_TABLE_SIZES: dict[str, dict[str, Any]] = {
-    "smoke": {"seeds": 1, "layers": 3, "units": 32, "training": {"epochs": 2, "samples": 2000, "batch_size": 128}},
-    "small": {"seeds": 3, "layers": 5, "units": 256, "training": {"epochs": 5}},
-    "full": {"seeds": 5, "layers": 5, "units": 256, "training": {"epochs": 50}},
+_TABLE_SIZES = {
+    "smoke": _Size(seeds=1, hidden=(2,), units=32, training={"epochs": 2, "samples": 2000, "batch_size": 128}),
+    "small": _Size(seeds=3, hidden=(4,), units=256, training={"epochs": 5}),
+    "full": _Size(seeds=5, hidden=(4,), units=256, training={"epochs": 50}),
 }
 _INFORMATION = {
-    "NOTHING": "h",
-    "TARGET": "h, y",
-    "ERROR": "h, y, error at the output",
-    "ABOVE": "h, y, error at the output, error of the layer above",
+    Needs.NOTHING: "h",
+    Needs.TARGET: "h, y",
+    Needs.ERROR: "h, y, error at the output",
+    Needs.ABOVE: "h, y, error at the output, error of the layer above",
 }
 
 
@@ -57,33 +75,34 @@ def sg_table(budget: str) -> Recipe:
         budget: smoke, small or full.
     """
     size = choose(_TABLE_SIZES, budget, "budget")
+    (hidden,) = size.hidden
     cosine = "Cosine with the true gradient"
     trials = [
         LayerTrial(
             panel="MNIST FCN",
             series=method,
-            x=size["layers"],
+            x=hidden + 1,
             seed=seed,
             data="mnist",
-            layers=size["layers"],
-            units=size["units"],
+            layers=hidden + 1,
+            units=size.units,
             rule=rule,
             fields=dict(fields),
             loss="one-vs-all",
             measures={cosine: "cosine"},
-            whole=True,
-            **size["training"],
+            averaged=True,
+            **size.training,
         )
         for method, (rule, fields) in _TABLE.items()
-        for seed in seeds(size["seeds"])
+        for seed in seeds(size.seeds)
     ]
     return Recipe(
         name="sg-table",
         title="What can stand for a layer's gradient",
         reference=f"{REFERENCE}, table 1",
         budget=budget,
-        scope=f"{size['layers']} layers of {size['units']}, {trials[0].epochs} epochs, Adam 0.001, a logistic loss for each class; "
-        f"cosines on held-out images, means over epochs; {size['seeds']} seed(s)",
+        scope=f"{hidden + 1} layers of {size.units}, {trials[0].epochs} epochs, Adam 0.001, a logistic loss for each class; "
+        f"cosines on held-out images, means over epochs; {size.seeds} seed(s)",
         trials=trials,
         x_label="layers",
         x_labels={cosine: "layer"},
@@ -96,13 +115,13 @@ def sg_table(budget: str) -> Recipe:
 def _derived(name: str, fields: Mapping[str, Any]) -> dict[str, str]:
     """Says what follows from a rule's needs."""
     rule = rules.get(name, **fields)
-    below, at_top = Place(0, 4), 4
-    held = locks([rule.needs(Place(index, at_top)) for index in range(at_top)])
-    auxiliary = rule.auxiliary_needs(below)
+    places = [Place(index, 4) for index in range(4)]
+    held = locks([rule.needs(place) for place in places])
+    auxiliary = rule.auxiliary_needs(places[0])
     return {
         "rule": name,
-        "credit needs": _INFORMATION[rule.needs(below).name],
-        "what estimates it learns from": "-" if auxiliary is None else _INFORMATION[auxiliary.name],
+        "credit needs": _INFORMATION[rule.needs(places[0])],
+        "what estimates it learns from": "-" if auxiliary is None else _INFORMATION[auxiliary],
         "update locked": "yes" if "update" in held else "no",
         "backward locked": "yes" if "backward" in held else "no",
         "locks kept": ", ".join(sorted(held, key=LOCKS.index)),
@@ -121,11 +140,8 @@ _LINEAR_METHODS: dict[str, _Method] = {
 _DEPTHS = {"linear": (0, 0.1), "deep linear": (10, 0.01)}
 """Hidden layers and learning rate."""
 
-_LINEAR_SIZES: dict[str, dict[str, Any]] = {
-    "smoke": {"seeds": 1, "steps": 10},
-    "small": {"seeds": 3, "steps": 1500},
-    "full": {"seeds": 5, "steps": 10_000},
-}
+_LINEAR_SIZES = {"smoke": (1, 10), "small": (3, 1500), "full": (5, 10_000)}
+"""Seeds and steps by budget."""
 
 
 def sg_artificial(budget: str) -> Recipe:
@@ -134,7 +150,7 @@ def sg_artificial(budget: str) -> Recipe:
     Args:
         budget: smoke, small or full.
     """
-    size = choose(_LINEAR_SIZES, budget, "budget")
+    count, steps = choose(_LINEAR_SIZES, budget, "budget")
     panels = [(f"{depth}, {loss}", depth, loss) for depth in _DEPTHS for loss in LOSSES]
     trials = [
         LinearTrial(
@@ -148,14 +164,14 @@ def sg_artificial(budget: str) -> Recipe:
             loss=loss,
             rule=rule,
             fields=fields,
-            steps=size["steps"],
+            steps=steps,
             learning_rate=_DEPTHS[depth][1],
         )
         for panel, depth, loss in panels
         for x, (task, features) in places().items()
         for method, (rule, fields) in _LINEAR_METHODS.items()
         if loss != "MSE" or method != _SG_SIGMOID
-        for seed in seeds(size["seeds"])
+        for seed in seeds(count)
     ]
     findings: list[Finding] = [
         Farthest(
@@ -173,8 +189,8 @@ def sg_artificial(budget: str) -> Recipe:
         title="Linear models through a synthetic gradient",
         reference=f"{REFERENCE}, section 4",
         budget=budget,
-        scope=f"{size['steps']} steps of gradient descent on 500 samples; linear synthesisers by line search, those with a "
-        f"sigmoid by Adam; {size['seeds']} seed(s)",
+        scope=f"{steps} steps of gradient descent on 500 samples; linear synthesisers by line search, those with a "
+        f"sigmoid by Adam; {count} seed(s)",
         trials=trials,
         x_label="task, dimensions",
         x_names={panel: names for panel, _, _ in panels},
@@ -186,10 +202,10 @@ def sg_artificial(budget: str) -> Recipe:
 
 # ---- deep networks ------------------------------------------------------------------------------------------------------------
 
-_DEEP_SIZES: dict[str, dict[str, Any]] = {
-    "smoke": {"seeds": 1, "hidden": (5,), "units": 16, "training": {"epochs": 1, "samples": 1000, "batch_size": 100}},
-    "small": {"seeds": 3, "hidden": (5, 10, 20, 50), "units": 128, "training": {"epochs": 8}},
-    "full": {"seeds": 3, "hidden": (5, 10, 20, 50), "units": 256, "training": {"epochs": 100}},
+_DEEP_SIZES = {
+    "smoke": _Size(seeds=1, hidden=(5,), units=16, training={"epochs": 1, "samples": 1000, "batch_size": 100}),
+    "small": _Size(seeds=3, hidden=(5, 10, 20, 50), units=128, training={"epochs": 8}),
+    "full": _Size(seeds=3, hidden=(5, 10, 20, 50), units=256, training={"epochs": 100}),
 }
 _ACTIVATIONS = ("relu", "sigmoid")
 _MIDDLE = "SG in the middle"
@@ -220,25 +236,25 @@ def sg_deep(budget: str) -> Recipe:
             network="normalised",
             network_fields={"activation": activation},
             layers=hidden + 1,
-            units=size["units"],
+            units=size.units,
             rule=rule,
             fields={} if rule == "backprop" else {"borders": (hidden // 2 - 1,)},
             learning_rate=DEEP_RATES[activation][method],
-            **size["training"],
+            **size.training,
         )
         for activation in _ACTIVATIONS
         for method, rule in DEEP_METHODS.items()
-        for hidden in size["hidden"]
-        for seed in seeds(size["seeds"])
+        for hidden in size.hidden
+        for seed in seeds(size.seeds)
     ]
     return Recipe(
         name="sg-deep",
         title="A synthetic gradient in the middle of a deep network",
         reference=f"{REFERENCE}, section 4",
         budget=budget,
-        scope=f"hidden layers of {size['units']} with batch normalisation, linear synthesisers, Adam at the best of six rates for each "
+        scope=f"hidden layers of {size.units} with batch normalisation, linear synthesisers, Adam at the best of six rates for each "
         f"method and activation, {trials[0].epochs} epoch(s), "
-        f"{size['seeds']} seed(s)",
+        f"{size.seeds} seed(s)",
         trials=trials,
         x_label="hidden layers",
         log_x=True,
@@ -248,20 +264,10 @@ def sg_deep(budget: str) -> Recipe:
 # ---- representations ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Deep:
-    """A network whose layers are looked at."""
-
-    seeds: int
-    hidden: int
-    units: int
-    training: Mapping[str, Any]
-
-
 _LAYER_SIZES = {
-    "smoke": _Deep(seeds=1, hidden=6, units=16, training={"epochs": 1, "samples": 1000, "batch_size": 100}),
-    "small": _Deep(seeds=3, hidden=20, units=256, training={"epochs": 10, "batch_size": 128, "learning_rate": 1e-4}),
-    "full": _Deep(seeds=3, hidden=20, units=256, training={"epochs": 200, "batch_size": 128, "learning_rate": 1e-4}),
+    "smoke": _Size(seeds=1, hidden=(6,), units=16, training={"epochs": 1, "samples": 1000, "batch_size": 100}),
+    "small": _Size(seeds=3, hidden=(20,), units=256, training={"epochs": 10, "batch_size": 128, "learning_rate": 1e-4}),
+    "full": _Size(seeds=3, hidden=(20,), units=256, training={"epochs": 200, "batch_size": 128, "learning_rate": 1e-4}),
 }
 _NEIGHBOURS, _CLASSES, _IMPLIED = "CKA with the layer above", "CKA with the classes", "Implied against true loss"
 
@@ -278,7 +284,8 @@ def sg_representations(budget: str) -> Recipe:
         budget: smoke, small or full.
     """
     size = choose(_LAYER_SIZES, budget, "budget")
-    middle = size.hidden // 2
+    (hidden,) = size.hidden
+    middle = hidden // 2
     one = f"SG between {middle + 1} and {middle + 2}"
     methods: dict[str, _Method] = {
         "backprop": ("backprop", {}),
@@ -291,10 +298,10 @@ def sg_representations(budget: str) -> Recipe:
         LayerTrial(
             panel="MNIST FCN",
             series=method,
-            x=size.hidden,
+            x=hidden,
             seed=seed,
             data="mnist",
-            layers=size.hidden + 1,
+            layers=hidden + 1,
             units=size.units,
             rule=rule,
             fields=dict(fields),
@@ -304,14 +311,14 @@ def sg_representations(budget: str) -> Recipe:
         for method, (rule, fields) in methods.items()
         for seed in seeds(size.seeds)
     ]
-    last = max(3, size.hidden // 6)
-    stops = [1, middle // 2 + 1, middle + 1, middle + middle // 2 + 1, size.hidden]
+    last = max(3, hidden // 6)
+    stops = [1, middle // 2 + 1, middle + 1, middle + middle // 2 + 1, hidden]
     return Recipe(
         name="sg-representations",
         title="Layers under synthetic gradients",
         reference=f"{REFERENCE}, section 5",
         budget=budget,
-        scope=f"{size.hidden} hidden layers of {size.units} with batch normalisation and ReLU, linear synthesisers that see the label, "
+        scope=f"{hidden} hidden layers of {size.units} with batch normalisation and ReLU, linear synthesisers that see the label, "
         f"Adam {trials[0].learning_rate:g} where nothing else is said, {trials[0].epochs} epoch(s), {size.seeds} seed(s); layers of 500 "
         "test images",
         trials=trials,
@@ -320,7 +327,7 @@ def sg_representations(budget: str) -> Recipe:
         y_labels={_NEIGHBOURS: "linear CKA", _CLASSES: "linear CKA", _IMPLIED: "correlation"},
         from_zero=False,
         findings=[
-            ChangeAbove(panel=_NEIGHBOURS, series=list(methods), layers=size.hidden, last=last),
+            ChangeAbove(panel=_NEIGHBOURS, series=list(methods), layers=hidden, last=last),
             *(
                 Rise(panel=_CLASSES, series=list(methods), x=lower, to=upper, shown="CKA with the classes")
                 for lower, upper in itertools.pairwise(stops)

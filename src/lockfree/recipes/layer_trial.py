@@ -58,11 +58,11 @@ class LayerTrial(RuleTrial):
 
     Attributes:
         measures: One of `MEASURES` by the panel that shows it: against the layer's number, from 1 at the bottom.
-        whole: Whether a figure is the mean over looks after every epoch, not that of the last.
+        averaged: Whether a figure is the mean over looks after every epoch, not that of the last.
     """
 
     measures: Mapping[str, str] = field(default_factory=dict)
-    whole: bool = False
+    averaged: bool = False
 
     def __post_init__(self) -> None:
         for measure in self.measures.values():
@@ -99,7 +99,7 @@ class LayerTrial(RuleTrial):
         found = {}
         for measure in self.measures.values():
             seen = records[MEASURES[measure].probe]
-            looks = [MEASURES[measure].read(one) for one in (seen[1:] if self.whole else seen[-1:])]
+            looks = [MEASURES[measure].read(one) for one in (seen[1:] if self.averaged else seen[-1:])]
             found[measure] = [_mean(values) for values in zip(*looks, strict=True)]
         return result | {"layers": found, "seen": {name: seen[-1] for name, seen in records.items()}}
 
