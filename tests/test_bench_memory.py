@@ -40,6 +40,7 @@ def test_a_chain_of_one_has_no_block_with_all_that_these_rules_add(rule):
     assert held(rule, 16) > 1.1 * held(rule, 1)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_grows_by_what_is_counted_and_by_what_a_backward_pass_makes():
     size = Size(channels=8, side=16, batch=256)
     activation = 4 * size.channels * size.side**2 * size.batch

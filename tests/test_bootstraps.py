@@ -259,6 +259,7 @@ LEARNS = {  # what is left of the error of an estimate of zero
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", LEARNS)
 def test_it_learns_the_true_gradient_of_a_stationary_linear_problem(name):
     bootstrap, updates, fraction = LEARNS[name]

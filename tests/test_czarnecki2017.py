@@ -263,6 +263,7 @@ def test_the_largest_difference():
 # ---- the command -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["sg-table", "sg-representations"])
 def test_the_command_prints_what_is_derived_and_draws_further_pictures(name, tmp_path, capsys, monkeypatch):
     recipe = RECIPES[name]("smoke")

@@ -221,6 +221,7 @@ def test_no_gradient_crosses_a_border_unless_it_is_needed(case, model, border):
         assert cases.differs(*after)
 
 
+@pytest.mark.thinned(1)
 @named(RULES)
 def test_locks_are_derived(case):
     assert learner_for(MLP, case.make()).locks == case.locks

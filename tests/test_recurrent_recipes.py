@@ -131,6 +131,7 @@ def test_a_difference_is_of_paired_seeds_and_may_look_elsewhere():
     assert said["digits"] == 3
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke_runs_from_the_command_line(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LOCKFREE_DATA", str(tmp_path / "nothing"))
