@@ -1,17 +1,20 @@
 """`lockfree train --processes`: processes that die, that are interrupted, that are told nonsense; and `lockfree replay`."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 
-from lockfree import checkpoint, trace
+from lockfree import checkpoint, launch, trace
 from lockfree.cli import main
 from lockfree.run import Run
 
@@ -87,7 +90,7 @@ def test_a_run_survives_what_happens_to_its_processes_and_ends_as_if_nothing_had
     wait_for_epochs(run, torn, victims[-1][1] + 3)
     run.send_signal(signal.SIGINT)
     *_, line = said(run)
-    assert run.returncode == 130
+    assert run.returncode == 130, line
     assert "a checkpoint was written" in line
     run = start(*resume)
     out, words = run.communicate(timeout=240)
@@ -105,6 +108,46 @@ def test_a_run_survives_what_happens_to_its_processes_and_ends_as_if_nothing_had
     assert [line["tick"] for line in ticks if line["tick"] == line["last"]] == list(range(steps))
     assert main(["replay", str(torn)]) == 0
     assert "bit for bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_stop_is_heeded_while_the_processes_load(tmp_path, number):
+    run = start("train", *RUN, "--processes", 2, "--out", tmp_path / "a")
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while len(children.read_text().split()) < 2:
+        time.sleep(0.01)
+    run.send_signal(number)
+    assert said(run) == ["interrupted; nothing has been learnt yet, start again with the same command"]
+    assert run.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "word"),
+    [
+        (["exit(130)", "os.abort()"], 130, ""),  # the checkpoint is there, whatever becomes of the other
+        (["exit(0)", "time.sleep(60)"], 0, ""),
+        (["exit(2)", "exit(1)"], 2, ""),  # the first has said why
+        (["exit(3)", "os.abort()"], 3, "process 1 of 2 was ended by SIGABRT"),
+        (["exit(3)", "exit('no room')"], 3, "process 1 of 2 ended with exit code 1 (no room)"),
+        (["os.abort()", "exit(3)"], 3, "process 0 of 2 was ended by SIGABRT"),
+        (["exit(3)", "exit(0)"], 3, "process 0 of 2 lost its connection to another"),
+        (["time.sleep(60)", "exit(2)"], 3, "process 1 of 2 ended with exit code 2"),
+    ],
+)
+def test_the_first_process_speaks_for_all_and_else_who_is_to_blame(ends, code, word, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "_PATIENCE", 1.0)
+    with contextlib.ExitStack() as stack:
+        children = []
+        for end in ends:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            command = [sys.executable, "-I", "-c", f"import os, time; {end}"]
+            process = stack.enter_context(subprocess.Popen(command, stderr=file))
+            stack.callback(process.kill)
+            children.append(launch._Child(process, file))
+        launch._wait(children, deque())
+        assert launch._conclude("train", children) == code
+    line = capsys.readouterr().err
+    assert word in line if word else not line
 
 
 def test_what_one_process_finds_wrong_is_said_once(tmp_path):

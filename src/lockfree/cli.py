@@ -16,7 +16,7 @@ from lockfree.commands import COMMANDS, Command
 from lockfree.commands.train import Train
 from lockfree.commands.train_task import TrainTask
 from lockfree.executors import ProcessLost
-from lockfree.launch import LOST, end_with_launcher, launched
+from lockfree.launch import LOST, begin_launched, launched
 from lockfree.run import Run
 
 
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0 if arguments else 2
-    if launched():
-        end_with_launcher()
     try:
+        if launched():
+            begin_launched()
         command = _parse(*_named(arguments), arguments[1:])
         command.run(arguments)
     except BrokenPipeError:  # whoever read our output has gone
@@ -59,7 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _how_to_go_on(arguments: Sequence[str]) -> str:
     if arguments[0] == "reproduce":
         return "; checkpoints were written, go on with the same command"
-    return "; a checkpoint was written, go on with the same command and --resume" if _out(arguments) else ""
+    folder = _out(arguments)
+    if folder is None:
+        return ""
+    if any(folder.rglob("checkpoints/*")):
+        return "; a checkpoint was written, go on with the same command and --resume"
+    return "; nothing has been learnt yet, start again with the same command"
 
 
 def _usage() -> str:

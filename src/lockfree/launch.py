@@ -8,10 +8,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
+
+from lockfree.interrupt import SIGNALS, held_back, let_through
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -22,6 +24,8 @@ LOST = 3
 _PARENT = "LOCKFREE_PARENT"
 _LOOKS = 0.05  # seconds between two looks
 _PATIENCE = 20.0  # seconds for the others to stop at the end of a batch
+_FAREWELL = 2.0  # seconds for the others to end once the first has
+_SPOKEN = (0, 2, 130)  # exit codes of a first process that has done, or said, all that there is
 
 
 @dataclass(slots=True)
@@ -49,8 +53,12 @@ def launched() -> bool:
     return _PARENT in os.environ
 
 
-def end_with_launcher() -> None:
-    """Lets this process end with the one that launched it, however that one ends."""
+def begin_launched() -> None:
+    """Begins a process that `launch` has started: it heeds signals to stop from here on, and ends with its launcher, however that ends.
+
+    Raises:
+        KeyboardInterrupt: If one came while Python was loading.
+    """
     parent = int(os.environ[_PARENT])
 
     def follow() -> None:
@@ -59,20 +67,22 @@ def end_with_launcher() -> None:
         os._exit(LOST)
 
     threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    let_through(*SIGNALS)
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Runs a command of this package in several processes at once, joined on the loopback; the first one prints.
 
-    A signal to stop is passed on to the first process, which tells the others. When one dies, the others get time to stop at the end
-    of a batch, and one line says which it was.
+    A signal to stop is passed on to the first process, which tells the others, at any moment: while they load, too. When one dies, the
+    others get time to stop at the end of a batch, and one line says which it was.
 
     Args:
         arguments: Of the command, its name first.
         processes: How many, 2 or more.
 
     Returns:
-        The exit code: that of the first process, or 3 where one was lost.
+        The exit code: that of the first process, if it came to an end of its own; 3 where one was lost before.
     """
     store = loopback_store()
     shared = {
@@ -85,13 +95,14 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     }
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     with contextlib.ExitStack() as stack:
-        children = [
-            stack.enter_context(_started(arguments, rank, {"OMP_NUM_THREADS": threads, **os.environ, **shared}))
-            for rank in range(processes)
-        ]
-        stack.enter_context(_passed_on(children[0]))
-        first_to_fail = _wait(children)
-        return 0 if first_to_fail is None else _conclude(arguments[0], children, first_to_fail)
+        signals = stack.enter_context(_noted())
+        with held_back(*SIGNALS):  # and so by the processes, until they are ready for them
+            children = [
+                stack.enter_context(_started(arguments, rank, {"OMP_NUM_THREADS": threads, **os.environ, **shared}))
+                for rank in range(processes)
+            ]
+        _wait(children, signals)
+        return _conclude(arguments[0], children)
 
 
 def loopback_store() -> "TCPStore":
@@ -137,54 +148,45 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _passed_on(child: _Child) -> Iterator[None]:
-    """Passes signals to stop on to a process."""
-
-    def send(number: int, frame: FrameType | None) -> None:
-        if child.code is None:
-            child.process.send_signal(number)
-
-    before: dict[int, Any] = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+def _noted() -> Iterator[deque[int]]:
+    """Notes signals to stop, to be passed on, instead of heeding them."""
+    signals: deque[int] = deque()
+    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in SIGNALS}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _wait(children: Sequence[_Child]) -> int | None:
-    """Waits until all have ended; once one has failed, the others for a while. Returns the first to fail."""
-    failed, end = None, float("inf")
+def _wait(children: Sequence[_Child], signals: deque[int]) -> None:
+    """Waits until all have ended, passing signals on to the first; once one has come to its end, the others get a while."""
+    end = float("inf")
     while any(child.code is None for child in children) and time.monotonic() < end:
-        if failed is None:
-            failed = _failed(children)
-            end = end if failed is None else time.monotonic() + _PATIENCE
+        while signals:
+            children[0].process.send_signal(signals.popleft())
+        if children[0].code in _SPOKEN:
+            end = min(end, time.monotonic() + _FAREWELL)
+        elif end == float("inf") and any(child.code not in (None, 0, 130) for child in children):
+            end = time.monotonic() + _PATIENCE
         time.sleep(_LOOKS)
-    return _failed(children) if failed is None else failed
 
 
-def _failed(children: Sequence[_Child]) -> int | None:
-    """Returns the one to blame: rather one that was killed than one that has lost it."""
-    codes = [(rank, child.code) for rank, child in enumerate(children) if child.code]
-    return min(codes, key=lambda found: (found[1] > 0, found[1] == LOST, found[0]))[0] if codes else None
-
-
-def _conclude(command: str, children: Sequence[_Child], rank: int) -> int:
+def _conclude(command: str, children: Sequence[_Child]) -> int:
     """Says what has happened, where no process has; returns the exit code."""
-    worst = _failed(children)
-    rank = rank if worst is None else worst
-    code = children[rank].code or 0
-    if code in (2, 130):  # the first process has said why
-        return code
+    first = children[0].code
+    if first is not None and first in _SPOKEN:  # how the others end, which write nothing, is of no consequence then
+        return first
+    # Rather one is to blame that was killed than one that has lost it.
+    codes = [(rank, child.code) for rank, child in enumerate(children) if child.code]
+    rank, code = min(codes, key=lambda found: (found[1] > 0, found[1] == LOST, found[0]))
     if code < 0:
         how = f"was ended by {signal.Signals(-code).name}"
+    elif code == LOST:
+        how = "lost its connection to another"
     else:
         words = children[rank].last_words()
-        how = (
-            "lost its connection to another"
-            if code == LOST
-            else f"ended with exit code {code}" + (f" ({words})" if words else "")
-        )
+        how = f"ended with exit code {code}" + (f" ({words})" if words else "")
     print(
         f"lockfree {command}: process {rank} of {len(children)} {how}; the others stopped at the end of a batch, go on from the last "
         "checkpoint with the same command and --resume",

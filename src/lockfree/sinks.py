@@ -29,5 +29,4 @@ class TensorBoard:
         for name, value in values.items():
             if isinstance(value, int | float) and name not in ("step", "epoch"):
                 self._writer.add_scalar(f"{kind}/{name}", value, values["step"])
-        if kind == "epoch":
-            self._writer.flush()
+        self._writer.flush()  # training may be interrupted at any step, and the writer does not flush when Python ends

@@ -1,16 +1,16 @@
 """Running the trials of a recipe, several at a time, each on one core."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lockfree.interrupt import held_back, let_through
 from lockfree.processes import begin_worker
 from lockfree.recipes.recipe import Recipe
 from lockfree.recipes.trial import Trial
@@ -37,7 +37,7 @@ def run(recipe: Recipe, folder: Path, *, workers: int, device: str = "cpu", told
     results: dict[str, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
-        with _held_back_signal():  # and so by the workers, which start at the first `submit`, until they are ready for it
+        with held_back(signal.SIGINT):  # and so by the workers, which start at the first `submit`, until they are ready for it
             futures = {pool.submit(_work, trial, folder / "trials" / trial.name, device): trial for trial in recipe.trials}
         try:
             for future in as_completed(futures):
@@ -50,16 +50,6 @@ def run(recipe: Recipe, folder: Path, *, workers: int, device: str = "cpu", told
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return results
-
-
-@contextlib.contextmanager
-def _held_back_signal() -> Iterator[None]:
-    """Holds Ctrl-C back: one that comes meanwhile takes effect afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _interrupted = threading.Event()
@@ -92,4 +82,4 @@ def _begin() -> None:
     begin_worker()
     os.setpgrp()
     signal.signal(signal.SIGINT, _interrupt)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    let_through(signal.SIGINT)
